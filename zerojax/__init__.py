@@ -1,0 +1,17 @@
+"""ZeRO for JAX: optimizer state, gradients and params sharded over a mesh, for any Flax model and any Optax optimizer."""
+
+from zerojax.gather import gather as gather
+from zerojax.plan import Memory as Memory
+from zerojax.plan import Plan as Plan
+from zerojax.plan import make_plan as make_plan
+from zerojax.precision import LossScale as LossScale
+from zerojax.precision import dynamic_loss_scale as dynamic_loss_scale
+from zerojax.precision import static_loss_scale as static_loss_scale
+from zerojax.step import TrainState as TrainState
+from zerojax.step import create_train_state as create_train_state
+from zerojax.step import make_eval_step as make_eval_step
+from zerojax.step import make_train_step as make_train_step
+from zerojax.step import value_and_grad as value_and_grad
+from zerojax.zero import zero as zero
+
+__version__ = "0.1.0"

@@ -1,0 +1,109 @@
+"""Params gathered where a layer uses them: what `layerwise` leaves are inside a loss function at stage 3.
+
+A leaf that the model gathers itself enters the loss function as a `Shard`: the device's part of the array, and which dim it is
+a part of. `jax.lax.scan`, `nn.scan` and indexing go through it to the array inside, so a stack of layers scans as ever, and
+`gather` in the scan's body makes one layer whole. The transpose of the gather is a reduce-scatter, so gradients come back
+as shards, by construction.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+PyTree = Any
+
+GATHERED = "zerojax_gathered"
+"""Name of gathered params, for `jax.checkpoint` policies: what is saved under it is a whole layer on every device."""
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["value"], meta_fields=["name", "dim", "axes", "wire_dtype"]
+)
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """One device's shard of a param, inside a loss function; `gather` makes it whole.
+
+    Attributes:
+      value: The shard.
+      name: Path of the param, for messages.
+      dim: The dim that is cut, counted from the last (-1), so that it survives the slicing of leading dims by a scan.
+      axes: The mesh axes that it is cut over.
+      wire_dtype: Dtype in which its gradient is reduced; None for the param's own.
+    """
+
+    value: jax.Array
+    name: str
+    dim: int
+    axes: tuple[str, ...]
+    wire_dtype: Any = None
+
+    def __jax_array__(self) -> jax.Array:
+        raise TypeError(
+            f"param {self.name!r} is named by layerwise, so the model has to gather it where it is used: "
+            "zerojax.gather(params), or zerojax.nn.gathered(Layer) for a Flax layer; or leave it out of layerwise."
+        )
+
+
+def gather(tree: PyTree, *, dtype: Any = None) -> PyTree:
+    """Makes params whole, for use here only; inside a loss function that `make_train_step` calls.
+
+    Call it in the body of a scan over layers, under `jax.checkpoint` (or the gathered weights are saved for the backward pass,
+    all layers of them).
+
+    Args:
+      tree: Params, or the part of them that one layer uses. A leaf that is whole already is returned as it is, so the same model
+        runs at every stage, without a mesh, and in evaluation.
+      dtype: Leaves of two and more dims are cast to it before they travel: `bfloat16` halves the bytes where the layer would
+        cast its weights to that dtype anyway. Leaves of one dim, norms among them, keep theirs.
+
+    Returns:
+      The tree with every leaf whole.
+
+    Communication:
+      An all-gather of each leaf here, a reduce-scatter of its gradient in the backward pass, in the param's dtype (or the step's
+      `grad_dtype`). Under `jax.checkpoint` the all-gather runs again in the backward pass.
+
+    Example:
+      >>> gather({"kernel": jnp.ones((2, 2))})["kernel"].shape
+      (2, 2)
+    """
+
+    def one(x: Any) -> Any:
+        narrow = dtype is not None and x_ndim(x) >= 2
+        if not isinstance(x, Shard):
+            return x.astype(dtype) if narrow else x
+        if x.value.ndim < -x.dim:
+            raise ValueError(
+                f"param {x.name!r} is sharded over its leading dim, which a scan slices: its layers are on different devices. "
+                f"Make that dim smaller than another, or pass make_plan a min_size above the leaf's {x.value.size * -x.dim} elements, or "
+                "leave it out of layerwise."
+            )
+        whole = _all_gather(x.value, x.dim % x.value.ndim, x.axes, dtype if narrow else x.value.dtype, x.wire_dtype)
+        return checkpoint_name(whole, GATHERED)
+
+    x_ndim = lambda x: jnp.ndim(x.value if isinstance(x, Shard) else x)
+    return jax.tree.map(one, tree, is_leaf=lambda x: isinstance(x, Shard))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
+def _all_gather(x: jax.Array, dim: int, axes: tuple[str, ...], dtype: Any, wire_dtype: Any) -> jax.Array:
+    return jax.lax.all_gather(x.astype(dtype), axes, axis=dim, tiled=True)
+
+
+def _all_gather_fwd(x: jax.Array, *static: Any) -> tuple[jax.Array, jax.Array]:
+    return _all_gather(x, *static), jnp.zeros((), x.dtype)
+
+
+def _all_gather_bwd(dim: int, axes: tuple[str, ...], dtype: Any, wire_dtype: Any, like: jax.Array, ct: jax.Array):
+    # Not the transpose of the cast: sums over devices are taken in the param's precision even where bfloat16 travelled forth.
+    ct = ct.astype(wire_dtype or like.dtype)
+    return (jax.lax.psum_scatter(ct, axes, scatter_dimension=dim, tiled=True).astype(like.dtype),)
+
+
+_all_gather.defvjp(_all_gather_fwd, _all_gather_bwd)

@@ -1,0 +1,85 @@
+"""Running a function on a mesh, whatever the mesh's axis types and whatever mesh the caller has set.
+
+Everything that zerojax traces over global arrays goes through `on_mesh`, so that the rest of the library is written once, with
+bare `PartitionSpec`s, for Auto and Explicit meshes.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+PyTree = Any
+
+
+def abstract(mesh: Mesh | jax.sharding.AbstractMesh) -> jax.sharding.AbstractMesh:
+    """The mesh without its devices."""
+    return mesh.abstract_mesh if isinstance(mesh, Mesh) else mesh
+
+
+def shards(mesh: Mesh | jax.sharding.AbstractMesh, entry: None | str | tuple[str, ...]) -> int:
+    """How many shards one entry of a `PartitionSpec` cuts a dim into; 1 for `None`."""
+    size = 1
+    for name in axis_names(entry):
+        size *= mesh.shape[name]
+    return size
+
+
+def axis_names(entry: None | str | tuple[str, ...]) -> tuple[str, ...]:
+    """The mesh axes that one entry of a `PartitionSpec` names."""
+    if entry is None or entry is PartitionSpec.UNCONSTRAINED:
+        return ()
+    return entry if isinstance(entry, tuple) else (entry,)
+
+
+def on_mesh(mesh: Mesh, f: Callable[..., PyTree], out_specs: PyTree) -> Callable[..., PyTree]:
+    """`f`, traced with every axis of `mesh` in Auto mode, its results laid out by `out_specs`.
+
+    On an Explicit mesh each operation would have to say how its result is sharded, which neither Optax nor a user's optimizer
+    does; inside `f` the compiler decides, and at its end types are explicit again.
+
+    Args:
+      mesh: The mesh that the arguments live on.
+      f: A function of pytrees of global arrays. It may use `constrain` and `jax.shard_map` without naming the mesh.
+      out_specs: A prefix of `f`'s result, its leaves `PartitionSpec`s.
+
+    Returns:
+      A function to be called while tracing (inside `jax.jit`).
+    """
+
+    def traced(*args: PyTree) -> PyTree:
+        ambient = jax.sharding.get_abstract_mesh()
+        if not ambient.empty and ambient.manual_axes:
+            raise ValueError(
+                f"zerojax works on global arrays, but it was called inside a shard_map over {ambient.manual_axes}; "
+                "call it outside, or use plain Optax on the shards."
+            )
+        with jax.sharding.use_abstract_mesh(abstract(mesh) if ambient.empty else ambient):
+            if AxisType.Explicit in mesh.axis_types:
+                return jax.sharding.auto_axes(f, axes=mesh.axis_names, out_sharding=out_specs)(*args)
+            return constrain(f(*args), out_specs)
+
+    return traced
+
+
+def constrain(tree: PyTree, specs: PyTree) -> PyTree:
+    """Lays the arrays of `tree` out by `specs`, a prefix of it; for use inside `on_mesh`."""
+
+    def one(spec: PartitionSpec, subtree: PyTree) -> PyTree:
+        return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, spec), subtree)
+
+    return jax.tree.map(one, specs, tree, is_leaf=lambda x: isinstance(x, PartitionSpec))
+
+
+def named(mesh: Mesh | jax.sharding.AbstractMesh, specs: PyTree) -> PyTree:
+    """The tree of `NamedSharding`s for a tree of `PartitionSpec`s."""
+    return jax.tree.map(functools.partial(NamedSharding, mesh), specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """A key path as people write it: `blocks/attention/kernel`."""
+    return jax.tree_util.keystr(path, simple=True, separator="/") or "(root)"

@@ -1,0 +1,418 @@
+"""The plan: shapes, a mesh and a ZeRO stage -> where every array lives and what it costs. Touches no device.
+
+ZeRO (arXiv:1910.02054) cuts optimizer state (stage 1), gradients (stage 2) and params (stage 3) over the devices of a mesh
+axis. Here that is a choice of one dim for each leaf, made from its shape alone, so that any Optax state can be planned.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+
+from zerojax import meshes, report
+
+PyTree = Any
+STAGES = (0, 1, 2, 3)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Leaf:
+    """Where one param lives.
+
+    Attributes:
+      name: Its path, as `blocks/attention/kernel`.
+      shape: Shape of the whole array, in elements.
+      dtype: Its dtype.
+      whole: Spec without ZeRO: what `param_specs` said, or replicated.
+      sharded: Spec with the ZeRO axis on `dim`; `whole` where `dim` is None.
+      dim: The dim that ZeRO cuts, or None.
+      reason: Why `dim` is None; empty where it is not.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    whole: PartitionSpec
+    sharded: PartitionSpec
+    dim: int | None
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes at rest: `params`, `grads` and `opt_state` on each device, `host` in each device's share of host memory.
+
+    `grads` is the buffer that gradients are accumulated in.
+    """
+
+    params: int
+    grads: int
+    opt_state: int
+    host: int
+
+    @property
+    def total(self) -> int:
+        """Bytes on each device; `host` stands apart."""
+        return self.params + self.grads + self.opt_state
+
+    def __str__(self) -> str:
+        parts = ("params", "grads", "opt_state", "total", "host")
+        return ", ".join(f"{p} {report.format_bytes(getattr(self, p))}" for p in parts)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Plan:
+    """Where every array lives; made by `make_plan`, plain data.
+
+    Attributes:
+      mesh: The mesh planned for; an `AbstractMesh` plans for machines one does not have.
+      stage: ZeRO stage, 0 to 3.
+      axes: The mesh axes that ZeRO shards over.
+      leaves: One `Leaf` a param, in `jax.tree.leaves` order.
+      treedef: The tree structure of the params.
+      min_size: Leaves with fewer elements stay whole.
+    """
+
+    mesh: Mesh | AbstractMesh
+    stage: int
+    axes: tuple[str, ...]
+    leaves: tuple[Leaf, ...]
+    treedef: jax.tree_util.PyTreeDef
+    min_size: int
+
+    @property
+    def num_shards(self) -> int:
+        """Number of devices that ZeRO shards over."""
+        return meshes.shards(self.mesh, self.axes)
+
+    @property
+    def axis(self) -> str | tuple[str, ...]:
+        """The ZeRO axis as a `PartitionSpec` names it: one name, or a tuple of several."""
+        return self.axes if len(self.axes) > 1 else self.axes[0]
+
+    @property
+    def shapes(self) -> PyTree:
+        """The params as `jax.ShapeDtypeStruct`s."""
+        return self.treedef.unflatten(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in self.leaves)
+
+    def specs(self, *, sharded: bool) -> PyTree:
+        """`PartitionSpec`s shaped like params, with the ZeRO axis where `sharded`, without it elsewhere."""
+        return self.treedef.unflatten(leaf.sharded if sharded else leaf.whole for leaf in self.leaves)
+
+    @property
+    def param_specs(self) -> PyTree:
+        """`PartitionSpec`s of the params at rest: sharded at stage 3."""
+        return self.specs(sharded=self.stage >= 3)
+
+    @property
+    def grad_specs(self) -> PyTree:
+        """`PartitionSpec`s of the gradients where they are accumulated: sharded from stage 2 on."""
+        return self.specs(sharded=self.stage >= 2)
+
+    @property
+    def update_specs(self) -> PyTree:
+        """`PartitionSpec`s of params and gradients while the optimizer works on them: sharded from stage 1 on."""
+        return self.specs(sharded=self.stage >= 1)
+
+    @property
+    def params(self) -> PyTree:
+        """`NamedSharding`s of the params at rest, shaped like params."""
+        return meshes.named(self.mesh, self.param_specs)
+
+    @property
+    def grads(self) -> PyTree:
+        """`NamedSharding`s of the gradients where they are accumulated, shaped like params."""
+        return meshes.named(self.mesh, self.grad_specs)
+
+    @property
+    def batch(self) -> NamedSharding:
+        """`NamedSharding` of a batch: its leading dim over the ZeRO axis."""
+        return NamedSharding(self.mesh, PartitionSpec(self.axis))
+
+    def opt_state(self, tx: optax.GradientTransformation) -> PyTree:
+        """`NamedSharding`s shaped like `tx.init(params)`, for any Optax transformation.
+
+        A leaf of the state that stands at a param's path with that param's shape (Adam's `mu`, a `MultiSteps` accumulator)
+        is sharded as that param; any other (Adafactor's rows, a count) by its own shape.
+        """
+        return meshes.named(self.mesh, self.opt_state_specs(tx))
+
+    def opt_state_specs(self, tx: optax.GradientTransformation) -> PyTree:
+        """The `PartitionSpec`s behind `opt_state`."""
+        paths = (path for path, _ in jax.tree_util.tree_leaves_with_path(self.shapes))
+        by_path = dict(zip(paths, self.leaves, strict=True))
+
+        def spec(path: tuple[Any, ...], x: jax.ShapeDtypeStruct) -> PartitionSpec:
+            for start in range(len(path) + 1):  # the longest suffix of the path that is a param's
+                leaf = by_path.get(path[start:])
+                if leaf is not None and leaf.shape == x.shape:
+                    return leaf.sharded if self.stage >= 1 else leaf.whole
+            if self.stage == 0:
+                return PartitionSpec()
+            return shard_spec(x.shape, PartitionSpec(), self.axis, self.num_shards, self.min_size)[0]
+
+        return jax.tree_util.tree_map_with_path(spec, self._state_shapes(tx))
+
+    def _state_shapes(self, tx: optax.GradientTransformation) -> PyTree:
+        return jax.eval_shape(tx.init, self.shapes)
+
+    def memory(self, tx: optax.GradientTransformation, *, param_dtype: Any = None, grad_dtype: Any = None) -> Memory:
+        """Bytes at rest on each device.
+
+        Args:
+          tx: The optimizer, any Optax transformation.
+          param_dtype: Plans as if floating params had this dtype; their own by default.
+          grad_dtype: Likewise for gradients; the params' by default.
+
+        Returns:
+          A `Memory`, in bytes a device: activations, and what the compiler adds for temporaries, are not in it.
+
+        Example:
+          >>> mesh = jax.sharding.AbstractMesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+          >>> params = {"w": jax.ShapeDtypeStruct((4096, 4096), "float32")}
+          >>> print(make_plan(params, mesh, stage=2).memory(optax.adam(1e-3)))
+          params 67.1 MB, grads 8.39 MB, opt_state 16.8 MB, total 92.3 MB, host 0 B
+        """
+        plan = self if param_dtype is None else self._with_dtype(param_dtype)
+        grads = plan if grad_dtype is None else plan._with_dtype(grad_dtype)
+        return Memory(
+            params=_total(plan.mesh, plan.shapes, plan.param_specs),
+            grads=_total(grads.mesh, grads.shapes, grads.grad_specs),
+            opt_state=_total(plan.mesh, plan._state_shapes(tx), plan.opt_state_specs(tx)),
+            host=0,
+        )
+
+    def _with_dtype(self, dtype: Any) -> Plan:
+        floating = lambda leaf: jax.numpy.issubdtype(leaf.dtype, np.floating)
+        leaves = tuple(dataclasses.replace(f, dtype=np.dtype(dtype)) if floating(f) else f for f in self.leaves)
+        return dataclasses.replace(self, leaves=leaves)
+
+    def unsharded(self) -> Iterator[Leaf]:
+        """The params that ZeRO leaves whole, each with its `reason`."""
+        return (leaf for leaf in self.leaves if leaf.dim is None)
+
+    def check(self, params: PyTree, what: str = "params") -> None:
+        """Raises `ValueError` unless `params` has the structure and the shapes that were planned for."""
+        planned = {leaf.name: leaf.shape for leaf in self.leaves}
+        came = {meshes.path_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(params)}
+        hint = f"make a plan from these {what}, or pass the {what} that the plan was made from."
+        for name, shape in planned.items():
+            if name not in came:
+                raise ValueError(f"{what} lack the leaf {name!r} {list(shape)} that the plan has; {hint}")
+            if np.shape(came[name]) != shape:
+                raise ValueError(
+                    f"{what}: leaf {name!r} has shape {np.shape(came[name])}, the plan has {shape}; {hint}"
+                )
+        for name in came.keys() - planned.keys():
+            raise ValueError(f"{what} have a leaf {name!r} {list(np.shape(came[name]))} that the plan lacks; {hint}")
+        if jax.tree.structure(params) != self.treedef:
+            raise ValueError(
+                f"{what} have the planned leaves in other containers: {jax.tree.structure(params)}, the plan has {self.treedef}; {hint}"
+            )
+
+    def __str__(self) -> str:
+        return self.table()
+
+    def table(self, tx: optax.GradientTransformation | None = None) -> str:
+        """The table people read: each param's layout and its bytes a device, and why what is whole is whole.
+
+        Args:
+          tx: With an optimizer, the last line has the bytes of its state too.
+
+        Example:
+          >>> mesh = jax.sharding.AbstractMesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+          >>> params = {"w": jax.ShapeDtypeStruct((4096, 4096), "float32"), "b": jax.ShapeDtypeStruct((4096,), "float32")}
+          >>> print(make_plan(params, mesh, stage=3).table(optax.adam(1e-3)))
+          ZeRO stage 3 over 8 devices (mesh axis data): bytes on each
+          leaf          shape    dtype    sharded as   params    grads
+          -----  ------------  -------  ------------  -------  -------
+          b            [4096]  float32         whole  16.4 kB  16.4 kB
+          w      [4096, 4096]  float32  None, 'data'  8.39 MB  8.39 MB
+          total                                        8.4 MB   8.4 MB
+          whole: b: 4096 elements are fewer than min_size=16384
+          params 8.4 MB, grads 8.4 MB, opt_state 16.8 MB, total 33.6 MB, host 0 B
+        """
+        shapes = self.treedef.flatten_up_to(self.shapes)
+        at_rest = [self.treedef.flatten_up_to(specs) for specs in (self.param_specs, self.grad_specs)]
+        held = [[_bytes(self.mesh, x, spec) for x, spec in zip(shapes, specs, strict=True)] for specs in at_rest]
+        rows = [
+            [leaf.name, list(leaf.shape), leaf.dtype, _placement(leaf), *map(report.format_bytes, sizes)]
+            for leaf, *sizes in zip(self.leaves, *held, strict=True)
+        ]
+        rows.append(["total", "", "", "", *(report.format_bytes(sum(sizes)) for sizes in held)])
+        lines = [
+            f"ZeRO stage {self.stage} over {self.num_shards} devices (mesh axis {', '.join(self.axes)}): bytes on each",
+            report.text_table(["leaf", "shape", "dtype", "sharded as", "params", "grads"], rows),
+            *(f"whole: {leaf.name}: {leaf.reason}" for leaf in self.unsharded()),
+        ]
+        return "\n".join(lines if tx is None else [*lines, str(self.memory(tx))])
+
+
+def make_plan(
+    params: PyTree,
+    mesh: Mesh | AbstractMesh,
+    *,
+    stage: int,
+    axis: str | tuple[str, ...] = "data",
+    param_specs: PyTree | None = None,
+    min_size: int = 2**14,
+    strict: bool = False,
+) -> Plan:
+    """Decides where every param, gradient and piece of optimizer state lives.
+
+    Each leaf is cut along its largest dim that the number of devices divides. Of equal dims the first is taken, but the
+    leading one last: in a stack of layers it counts the layers, and `layerwise` gathering needs those whole.
+
+    Args:
+      params: Pytree of arrays or `jax.ShapeDtypeStruct`s; only shapes and dtypes are read.
+      mesh: The devices; an `AbstractMesh` plans for machines one does not have.
+      stage: 0 replicates everything; 1 shards optimizer state, 2 also gradients, 3 also params.
+      axis: Mesh axis to shard over, or a tuple of several taken as one.
+      param_specs: `PartitionSpec`s already taken, by tensor parallelism say: a prefix of `params`, None for nothing taken. The
+        ZeRO axis goes on a dim that they leave free.
+      min_size: Leaves with fewer elements stay whole: sharding them would cost a collective and save little.
+      strict: Raises where a leaf of `min_size` elements or more cannot be sharded.
+
+    Returns:
+      The `Plan`.
+
+    Raises:
+      ValueError: an unknown stage or axis, a spec that does not fit its leaf or takes the ZeRO axis, or, under `strict`, a
+        leaf that cannot be sharded.
+      TypeError: a leaf without shape and dtype, or a mesh that is none.
+
+    References:
+      Rajbhandari et al., ZeRO: Memory Optimizations Toward Training Trillion Parameter Models, arXiv:1910.02054, section 5.
+
+    Example:
+      >>> mesh = jax.sharding.AbstractMesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+      >>> plan = make_plan({"w": jax.ShapeDtypeStruct((512, 2048), "float32")}, mesh, stage=3)
+      >>> plan.params["w"].spec
+      P(None, 'data')
+    """
+    if stage not in STAGES:
+        raise ValueError(f"stage must be one of {STAGES}, got {stage!r}.")
+    if not isinstance(mesh, Mesh | AbstractMesh):
+        raise TypeError(
+            f"mesh must be a jax.sharding.Mesh or AbstractMesh, got {type(mesh).__name__}; see jax.make_mesh."
+        )
+    axes = axis if isinstance(axis, tuple) else (axis,)
+    if not axes or len(set(axes)) < len(axes):
+        raise ValueError(f"axis must name at least one mesh axis, each once, got {axis!r}.")
+    for name in axes:
+        if name not in mesh.axis_names:
+            raise ValueError(f"the mesh has no axis {name!r}; it has {mesh.axis_names}: pass one of them as axis=.")
+    paths, treedef = jax.tree_util.tree_flatten_with_path(params)
+    taken = _taken(param_specs, params)
+    size = meshes.shards(mesh, axes)
+    leaves = []
+    for (path, x), whole in zip(paths, taken, strict=True):
+        name = meshes.path_name(path)
+        shape, dtype = _shape_dtype(x, name)
+        _check_taken(name, shape, whole, mesh, axes)
+        sharded, dim, reason = shard_spec(shape, whole, axes if len(axes) > 1 else axes[0], size, min_size)
+        if strict and stage and dim is None and math.prod(shape) >= max(min_size, 1):
+            raise ValueError(
+                f"leaf {name!r} {list(shape)} cannot be sharded over mesh axis {axis!r} of {size} devices: {reason}. Pad one of its dims "
+                f"to a multiple of {size}, raise min_size above {math.prod(shape)}, or pass strict=False to keep it whole."
+            )
+        leaves.append(Leaf(name=name, shape=shape, dtype=dtype, whole=whole, sharded=sharded, dim=dim, reason=reason))
+    return Plan(mesh=mesh, stage=stage, axes=axes, leaves=tuple(leaves), treedef=treedef, min_size=min_size)
+
+
+def shard_spec(
+    shape: tuple[int, ...], whole: PartitionSpec, axis: str | tuple[str, ...], size: int, min_size: int
+) -> tuple[PartitionSpec, int | None, str]:
+    """Puts `axis` of `size` devices on one dim of `shape` that `whole` leaves free.
+
+    Returns:
+      The spec, the dim, and an empty reason; or `whole`, None, and the reason why no dim was taken.
+
+    Example:
+      >>> shard_spec((24, 16, 16), PartitionSpec(), "data", 8, min_size=1)
+      (P('data', None, None), 0, '')
+      >>> shard_spec((8, 16, 16), PartitionSpec(None, "model"), "data", 8, min_size=1)
+      (P(None, 'model', 'data'), 2, '')
+      >>> shard_spec((7, 13), PartitionSpec(), "data", 8, min_size=1)
+      (P(), None, 'no free dim is a multiple of 8')
+    """
+    if math.prod(shape) < min_size:
+        return whole, None, f"{math.prod(shape)} elements are fewer than min_size={min_size}"
+    entries = [*whole, *[None] * (len(shape) - len(whole))]
+    dims = [d for d, n in enumerate(shape) if entries[d] is None and n and n % size == 0]
+    if not dims:
+        return whole, None, f"no free dim is a multiple of {size}"
+    dim = max(dims, key=lambda d: (shape[d], d > 0, -d))
+    entries[dim] = axis
+    return PartitionSpec(*entries), dim, ""
+
+
+def _taken(param_specs: PyTree | None, params: PyTree) -> list[PartitionSpec]:
+    """`param_specs` spread over the leaves of `params`."""
+    is_spec = lambda x: x is None or isinstance(x, PartitionSpec)
+    try:
+        spread = jax.tree.map(lambda spec, sub: jax.tree.map(lambda _: spec, sub), param_specs, params, is_leaf=is_spec)
+    except ValueError as e:
+        raise ValueError(f"param_specs is no prefix of params: {e}") from e
+    specs = jax.tree.leaves(spread, is_leaf=is_spec)
+    for spec in specs:
+        if not is_spec(spec):
+            raise TypeError(
+                f"param_specs must hold PartitionSpecs and None, got {spec!r} of type {type(spec).__name__}."
+            )
+    return [PartitionSpec() if spec is None else spec for spec in specs]
+
+
+def _check_taken(
+    name: str, shape: tuple[int, ...], whole: PartitionSpec, mesh: Mesh | AbstractMesh, axes: tuple[str, ...]
+) -> None:
+    if len(whole) > len(shape):
+        raise ValueError(
+            f"param_specs: {whole} has {len(whole)} entries, leaf {name!r} {list(shape)} has {len(shape)} dims."
+        )
+    for dim, entry in enumerate(whole):
+        for used in meshes.axis_names(entry):
+            if used not in mesh.axis_names:
+                raise ValueError(
+                    f"param_specs: {whole} of leaf {name!r} names {used!r}; the mesh has the axes {mesh.axis_names}."
+                )
+            if used in axes:
+                raise ValueError(
+                    f"param_specs: {whole} of leaf {name!r} takes {used!r}, the ZeRO axis; ZeRO puts it on a free dim itself."
+                )
+        if shape[dim] % meshes.shards(mesh, entry):
+            raise ValueError(
+                f"param_specs: {whole} cuts dim {dim} of leaf {name!r} {list(shape)} into {meshes.shards(mesh, entry)} shards, "
+                "which does not divide it."
+            )
+
+
+def _shape_dtype(x: Any, name: str) -> tuple[tuple[int, ...], np.dtype]:
+    if not (hasattr(x, "shape") and hasattr(x, "dtype")) and not isinstance(x, int | float | complex):
+        raise TypeError(f"params: leaf {name!r} is no array but {x!r} of type {type(x).__name__}.")
+    return tuple(np.shape(x)), x.dtype if isinstance(x, jax.ShapeDtypeStruct) else jax.numpy.result_type(x)
+
+
+def _bytes(mesh: Mesh | AbstractMesh, x: jax.ShapeDtypeStruct, spec: PartitionSpec) -> int:
+    """Bytes of one shard of an array."""
+    entries = [*spec, *[None] * (len(x.shape) - len(spec))]
+    return (
+        math.prod(-(-n // meshes.shards(mesh, entry)) for n, entry in zip(x.shape, entries, strict=True))
+        * x.dtype.itemsize
+    )
+
+
+def _total(mesh: Mesh | AbstractMesh, shapes: PyTree, specs: PyTree) -> int:
+    return sum(jax.tree.leaves(jax.tree.map(lambda x, spec: _bytes(mesh, x, spec), shapes, specs)))
+
+
+def _placement(leaf: Leaf) -> str:
+    entries = ", ".join("None" if entry is None else repr(entry) for entry in leaf.sharded)
+    return entries or "whole"
