@@ -8,7 +8,7 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 " + os.envir
 # Many small programs, each run a few times: on two cores the compiler's effort is the test's time.
 os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=1"
 
-import jax  # noqa: E402  (reads the environment when imported)
+import jax
 
 jax.config.update(
     "jax_compilation_cache_dir", str(pathlib.Path(__file__).parent.parent / ".cache" / f"jax-{jax.__version__}")

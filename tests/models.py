@@ -1,4 +1,4 @@
-"""Small models whose leaves have every shape that a plan must cope with, and what plain Optax makes of them on one device."""
+"""Small models whose leaves have every shape that a plan must cope with, and what Optax makes of them on one device."""
 
 import functools
 

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import models
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 
 import zerojax
 
-# Sums over rows are taken in another order: each loss is off by a few float32 roundings (6e-8), and Adam divides gradients
-# by their own size, so that params near zero carry the rounding of a gradient, times the learning rate.
+# Sums over rows are taken in another order: each loss is off by a few float32 roundings (6e-8), and Adam divides
+# gradients by their own size, so that params near zero carry the rounding of a gradient, times the learning rate.
 RTOL, ATOL = 2e-6, 2e-6
 
 

@@ -1,6 +1,7 @@
-"""ZeRO for JAX: optimizer state, gradients and params sharded over a mesh, for any Flax model and any Optax optimizer."""
+"""ZeRO for JAX: optimizer state, gradients and params sharded over a mesh, for any Flax model and Optax optimizer."""
 
 from zerojax.gather import gather as gather
+from zerojax.gather import keep_expensive as keep_expensive
 from zerojax.plan import Memory as Memory
 from zerojax.plan import Plan as Plan
 from zerojax.plan import make_plan as make_plan

@@ -1,9 +1,9 @@
 """Params gathered where a layer uses them: what `layerwise` leaves are inside a loss function at stage 3.
 
-A leaf that the model gathers itself enters the loss function as a `Shard`: the device's part of the array, and which dim it is
-a part of. `jax.lax.scan`, `nn.scan` and indexing go through it to the array inside, so a stack of layers scans as ever, and
-`gather` in the scan's body makes one layer whole. The transpose of the gather is a reduce-scatter, so gradients come back
-as shards, by construction.
+A leaf that the model gathers itself enters the loss function as a `Shard`: the device's part of the array, and which
+  dim it is a part of. `jax.lax.scan`, `nn.scan` and indexing go through it to the array inside, so a stack of layers
+  scans as ever, and `gather` in the scan's body makes one layer whole. The transpose of the gather is a reduce-scatter,
+  so gradients come back as shards, by construction.
 """
 
 from __future__ import annotations
@@ -14,12 +14,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 PyTree = Any
-
-GATHERED = "zerojax_gathered"
-"""Name of gathered params, for `jax.checkpoint` policies: what is saved under it is a whole layer on every device."""
 
 
 @functools.partial(
@@ -53,21 +49,21 @@ class Shard:
 def gather(tree: PyTree, *, dtype: Any = None) -> PyTree:
     """Makes params whole, for use here only; inside a loss function that `make_train_step` calls.
 
-    Call it in the body of a scan over layers, under `jax.checkpoint` (or the gathered weights are saved for the backward pass,
-    all layers of them).
+    Call it in the body of a scan over layers, under `jax.checkpoint`, with `policy=keep_expensive` for instance; or the
+    gathered weights of all layers are saved for the backward pass.
 
     Args:
-      tree: Params, or the part of them that one layer uses. A leaf that is whole already is returned as it is, so the same model
-        runs at every stage, without a mesh, and in evaluation.
-      dtype: Leaves of two and more dims are cast to it before they travel: `bfloat16` halves the bytes where the layer would
-        cast its weights to that dtype anyway. Leaves of one dim, norms among them, keep theirs.
+      tree: Params, or the part of them that one layer uses. A leaf that is whole already is returned as it is, so the
+        same model runs at every stage, without a mesh, and in evaluation.
+      dtype: Leaves of two and more dims are cast to it before they travel: `bfloat16` halves the bytes where the layer
+        would cast its weights to that dtype anyway. Leaves of one dim, norms among them, keep theirs.
 
     Returns:
       The tree with every leaf whole.
 
     Communication:
-      An all-gather of each leaf here, a reduce-scatter of its gradient in the backward pass, in the param's dtype (or the step's
-      `grad_dtype`). Under `jax.checkpoint` the all-gather runs again in the backward pass.
+      An all-gather of each leaf here, a reduce-scatter of its gradient in the backward pass, in the param's dtype (or
+      the step's `grad_dtype`). Under `jax.checkpoint` the all-gather runs again in the backward pass.
 
     Example:
       >>> gather({"kernel": jnp.ones((2, 2))})["kernel"].shape
@@ -80,15 +76,44 @@ def gather(tree: PyTree, *, dtype: Any = None) -> PyTree:
             return x.astype(dtype) if narrow else x
         if x.value.ndim < -x.dim:
             raise ValueError(
-                f"param {x.name!r} is sharded over its leading dim, which a scan slices: its layers are on different devices. "
-                f"Make that dim smaller than another, or pass make_plan a min_size above the leaf's {x.value.size * -x.dim} elements, or "
+                f"param {x.name!r} is sharded over its leading dim, which a scan slices: its layers are on "
+                "different devices. "
+                f"Make that dim smaller than another, or pass make_plan a min_size above the leaf's "
+                f"{x.value.size * -x.dim} elements, or "
                 "leave it out of layerwise."
             )
-        whole = _all_gather(x.value, x.dim % x.value.ndim, x.axes, dtype if narrow else x.value.dtype, x.wire_dtype)
-        return checkpoint_name(whole, GATHERED)
+        return _all_gather(x.value, x.dim % x.value.ndim, x.axes, dtype if narrow else x.value.dtype, x.wire_dtype)
 
     x_ndim = lambda x: jnp.ndim(x.value if isinstance(x, Shard) else x)
     return jax.tree.map(one, tree, is_leaf=lambda x: isinstance(x, Shard))
+
+
+# Elementwise arithmetic, sums, and moves of data: cheaper to do again than to write and read. Comparisons are not among
+# them: the mask of a dropout is a byte an element, the random bits behind it are four.
+_CHEAP = frozenset(
+    "abs add add_any broadcast_in_dim clamp convert_element_type copy div erf exp exp2 expand_dims expm1 "
+    "integer_pow log log1p logistic max min mul neg one_minus_square pow reduce_max reduce_sum reshape rsqrt "
+    "select_n sign slice split sqrt square squeeze stop_gradient sub tanh transpose".split()
+)
+
+
+def keep_expensive(prim: Any, *_: Any, **params: Any) -> bool:
+    """A policy for `jax.checkpoint`: the backward pass gathers params again, and redoes arithmetic that costs less than
+    its result.
+
+    Kept are the results of matrix products, convolutions, attention kernels and whatever else is not known to be cheap.
+    It is the default of `zerojax.nn.gathered`; a layer of plain JAX says it itself.
+
+    Example:
+      >>> layer = jax.checkpoint(lambda x, w: jnp.tanh(x @ gather(w)), policy=keep_expensive)
+      >>> jax.grad(lambda x: layer(x, jnp.eye(2)).sum())(jnp.zeros(2)).tolist()
+      [1.0, 1.0]
+    """
+    inner = params.get("call_jaxpr")  # `_all_gather` is one custom_vjp call to a policy
+    gathers = prim.name == "all_gather" or (
+        inner and any(eqn.primitive.name == "all_gather" for eqn in inner.jaxpr.eqns)
+    )
+    return not gathers and prim.name not in _CHEAP
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
@@ -100,8 +125,10 @@ def _all_gather_fwd(x: jax.Array, *static: Any) -> tuple[jax.Array, jax.Array]:
     return _all_gather(x, *static), jnp.zeros((), x.dtype)
 
 
-def _all_gather_bwd(dim: int, axes: tuple[str, ...], dtype: Any, wire_dtype: Any, like: jax.Array, ct: jax.Array):
-    # Not the transpose of the cast: sums over devices are taken in the param's precision even where bfloat16 travelled forth.
+def _all_gather_bwd(
+    dim: int, axes: tuple[str, ...], dtype: Any, wire_dtype: Any, like: jax.Array, ct: jax.Array
+) -> tuple[jax.Array]:
+    # Not the transpose of the cast: devices are summed in the param's precision even where bfloat16 travelled forth.
     ct = ct.astype(wire_dtype or like.dtype)
     return (jax.lax.psum_scatter(ct, axes, scatter_dimension=dim, tiled=True).astype(like.dtype),)
 

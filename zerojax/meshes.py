@@ -1,7 +1,7 @@
 """Running a function on a mesh, whatever the mesh's axis types and whatever mesh the caller has set.
 
-Everything that zerojax traces over global arrays goes through `on_mesh`, so that the rest of the library is written once, with
-bare `PartitionSpec`s, for Auto and Explicit meshes.
+Everything that zerojax traces over global arrays goes through `on_mesh`, so that the rest of the library is written
+once, with bare `PartitionSpec`s, for Auto and Explicit meshes.
 """
 
 from __future__ import annotations
@@ -11,17 +11,18 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 PyTree = Any
+AnyMesh = Mesh | AbstractMesh
 
 
-def abstract(mesh: Mesh | jax.sharding.AbstractMesh) -> jax.sharding.AbstractMesh:
+def abstract(mesh: AnyMesh) -> AbstractMesh:
     """The mesh without its devices."""
     return mesh.abstract_mesh if isinstance(mesh, Mesh) else mesh
 
 
-def shards(mesh: Mesh | jax.sharding.AbstractMesh, entry: None | str | tuple[str, ...]) -> int:
+def shards(mesh: AnyMesh, entry: str | tuple[str, ...] | None) -> int:
     """How many shards one entry of a `PartitionSpec` cuts a dim into; 1 for `None`."""
     size = 1
     for name in axis_names(entry):
@@ -29,18 +30,18 @@ def shards(mesh: Mesh | jax.sharding.AbstractMesh, entry: None | str | tuple[str
     return size
 
 
-def axis_names(entry: None | str | tuple[str, ...]) -> tuple[str, ...]:
+def axis_names(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
     """The mesh axes that one entry of a `PartitionSpec` names."""
     if entry is None or entry is PartitionSpec.UNCONSTRAINED:
         return ()
     return entry if isinstance(entry, tuple) else (entry,)
 
 
-def on_mesh(mesh: Mesh, f: Callable[..., PyTree], out_specs: PyTree) -> Callable[..., PyTree]:
+def on_mesh(mesh: AnyMesh, f: Callable[..., PyTree], out_specs: PyTree) -> Callable[..., PyTree]:
     """`f`, traced with every axis of `mesh` in Auto mode, its results laid out by `out_specs`.
 
-    On an Explicit mesh each operation would have to say how its result is sharded, which neither Optax nor a user's optimizer
-    does; inside `f` the compiler decides, and at its end types are explicit again.
+    On an Explicit mesh each operation would have to say how its result is sharded, which neither Optax nor a user's
+    optimizer does; inside `f` the compiler decides, and at its end types are explicit again.
 
     Args:
       mesh: The mesh that the arguments live on.
@@ -75,7 +76,7 @@ def constrain(tree: PyTree, specs: PyTree) -> PyTree:
     return jax.tree.map(one, specs, tree, is_leaf=lambda x: isinstance(x, PartitionSpec))
 
 
-def named(mesh: Mesh | jax.sharding.AbstractMesh, specs: PyTree) -> PyTree:
+def named(mesh: AnyMesh, specs: PyTree) -> PyTree:
     """The tree of `NamedSharding`s for a tree of `PartitionSpec`s."""
     return jax.tree.map(functools.partial(NamedSharding, mesh), specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
 

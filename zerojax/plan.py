@@ -1,7 +1,8 @@
 """The plan: shapes, a mesh and a ZeRO stage -> where every array lives and what it costs. Touches no device.
 
-ZeRO (arXiv:1910.02054) cuts optimizer state (stage 1), gradients (stage 2) and params (stage 3) over the devices of a mesh
-axis. Here that is a choice of one dim for each leaf, made from its shape alone, so that any Optax state can be planned.
+ZeRO (arXiv:1910.02054) cuts optimizer state (stage 1), gradients (stage 2) and params (stage 3) over the devices of a
+mesh axis. Here that is a choice of one dim for each leaf, made from its shape alone, so that any Optax state can be
+planned.
 """
 
 from __future__ import annotations
@@ -139,8 +140,8 @@ class Plan:
     def opt_state(self, tx: optax.GradientTransformation) -> PyTree:
         """`NamedSharding`s shaped like `tx.init(params)`, for any Optax transformation.
 
-        A leaf of the state that stands at a param's path with that param's shape (Adam's `mu`, a `MultiSteps` accumulator)
-        is sharded as that param; any other (Adafactor's rows, a count) by its own shape.
+        A leaf of the state that stands at a param's path with that param's shape (Adam's `mu`, a `MultiSteps`
+        accumulator) is sharded as that param; any other (Adafactor's rows, a count) by its own shape.
         """
         return meshes.named(self.mesh, self.opt_state_specs(tx))
 
@@ -200,22 +201,22 @@ class Plan:
 
     def check(self, params: PyTree, what: str = "params") -> None:
         """Raises `ValueError` unless `params` has the structure and the shapes that were planned for."""
+        leaves, treedef = jax.tree.flatten(params)
+        if treedef == self.treedef and all(np.shape(x) == f.shape for x, f in zip(leaves, self.leaves, strict=True)):
+            return
         planned = {leaf.name: leaf.shape for leaf in self.leaves}
-        came = {meshes.path_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(params)}
+        came = {meshes.path_name(path): np.shape(x) for path, x in jax.tree_util.tree_leaves_with_path(params)}
         hint = f"make a plan from these {what}, or pass the {what} that the plan was made from."
         for name, shape in planned.items():
             if name not in came:
                 raise ValueError(f"{what} lack the leaf {name!r} {list(shape)} that the plan has; {hint}")
-            if np.shape(came[name]) != shape:
-                raise ValueError(
-                    f"{what}: leaf {name!r} has shape {np.shape(came[name])}, the plan has {shape}; {hint}"
-                )
+            if came[name] != shape:
+                raise ValueError(f"{what}: leaf {name!r} has shape {came[name]}, the plan has {shape}; {hint}")
         for name in came.keys() - planned.keys():
-            raise ValueError(f"{what} have a leaf {name!r} {list(np.shape(came[name]))} that the plan lacks; {hint}")
-        if jax.tree.structure(params) != self.treedef:
-            raise ValueError(
-                f"{what} have the planned leaves in other containers: {jax.tree.structure(params)}, the plan has {self.treedef}; {hint}"
-            )
+            raise ValueError(f"{what} have a leaf {name!r} {list(came[name])} that the plan lacks; {hint}")
+        raise ValueError(
+            f"{what} have the planned leaves in other containers: {treedef}, the plan has {self.treedef}; {hint}"
+        )
 
     def __str__(self) -> str:
         return self.table()
@@ -228,7 +229,8 @@ class Plan:
 
         Example:
           >>> mesh = jax.sharding.AbstractMesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-          >>> params = {"w": jax.ShapeDtypeStruct((4096, 4096), "float32"), "b": jax.ShapeDtypeStruct((4096,), "float32")}
+          >>> w, b = (jax.ShapeDtypeStruct(shape, "float32") for shape in ((4096, 4096), (4096,)))
+          >>> params = {"w": w, "b": b}
           >>> print(make_plan(params, mesh, stage=3).table(optax.adam(1e-3)))
           ZeRO stage 3 over 8 devices (mesh axis data): bytes on each
           leaf          shape    dtype    sharded as   params    grads
@@ -275,8 +277,8 @@ def make_plan(
       mesh: The devices; an `AbstractMesh` plans for machines one does not have.
       stage: 0 replicates everything; 1 shards optimizer state, 2 also gradients, 3 also params.
       axis: Mesh axis to shard over, or a tuple of several taken as one.
-      param_specs: `PartitionSpec`s already taken, by tensor parallelism say: a prefix of `params`, None for nothing taken. The
-        ZeRO axis goes on a dim that they leave free.
+      param_specs: `PartitionSpec`s already taken, by tensor parallelism say: a prefix of `params`, None for nothing
+        taken. The ZeRO axis goes on a dim that they leave free.
       min_size: Leaves with fewer elements stay whole: sharding them would cost a collective and save little.
       strict: Raises where a leaf of `min_size` elements or more cannot be sharded.
 
@@ -284,12 +286,13 @@ def make_plan(
       The `Plan`.
 
     Raises:
-      ValueError: an unknown stage or axis, a spec that does not fit its leaf or takes the ZeRO axis, or, under `strict`, a
-        leaf that cannot be sharded.
+      ValueError: an unknown stage or axis, a spec that does not fit its leaf or takes the ZeRO axis, or, under
+        `strict`, a leaf that cannot be sharded.
       TypeError: a leaf without shape and dtype, or a mesh that is none.
 
     References:
-      Rajbhandari et al., ZeRO: Memory Optimizations Toward Training Trillion Parameter Models, arXiv:1910.02054, section 5.
+      Rajbhandari et al., ZeRO: Memory Optimizations Toward Training Trillion Parameter Models, arXiv:1910.02054,
+        section 5.
 
     Example:
       >>> mesh = jax.sharding.AbstractMesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -320,8 +323,10 @@ def make_plan(
         sharded, dim, reason = shard_spec(shape, whole, axes if len(axes) > 1 else axes[0], size, min_size)
         if strict and stage and dim is None and math.prod(shape) >= max(min_size, 1):
             raise ValueError(
-                f"leaf {name!r} {list(shape)} cannot be sharded over mesh axis {axis!r} of {size} devices: {reason}. Pad one of its dims "
-                f"to a multiple of {size}, raise min_size above {math.prod(shape)}, or pass strict=False to keep it whole."
+                f"leaf {name!r} {list(shape)} cannot be sharded over mesh axis {axis!r} of {size} devices: "
+                f"{reason}. Pad one of its dims "
+                f"to a multiple of {size}, raise min_size above {math.prod(shape)}, or pass strict=False to keep "
+                "it whole."
             )
         leaves.append(Leaf(name=name, shape=shape, dtype=dtype, whole=whole, sharded=sharded, dim=dim, reason=reason))
     return Plan(mesh=mesh, stage=stage, axes=axes, leaves=tuple(leaves), treedef=treedef, min_size=min_size)
@@ -385,11 +390,13 @@ def _check_taken(
                 )
             if used in axes:
                 raise ValueError(
-                    f"param_specs: {whole} of leaf {name!r} takes {used!r}, the ZeRO axis; ZeRO puts it on a free dim itself."
+                    f"param_specs: {whole} of leaf {name!r} takes {used!r}, the ZeRO axis; ZeRO puts it on a free "
+                    "dim itself."
                 )
         if shape[dim] % meshes.shards(mesh, entry):
             raise ValueError(
-                f"param_specs: {whole} cuts dim {dim} of leaf {name!r} {list(shape)} into {meshes.shards(mesh, entry)} shards, "
+                f"param_specs: {whole} cuts dim {dim} of leaf {name!r} {list(shape)} into "
+                f"{meshes.shards(mesh, entry)} shards, "
                 "which does not divide it."
             )
 

@@ -57,8 +57,9 @@ def dynamic_loss_scale(
       minimum: The scale is never halved below it; there it holds, where DeepSpeed raises.
 
     References:
-      DeepSpeed 0.19, `runtime/fp16/loss_scaler.py`, DynamicLossScaler. One departure: there a step on which the scale grows
-      divides its gradients by the new scale, which halves that update; here they are divided by the scale they were made with.
+      DeepSpeed 0.19, `runtime/fp16/loss_scaler.py`, DynamicLossScaler. One departure: there a step on which the scale
+      grows divides its gradients by the new scale, which halves that update; here they are divided by the scale they
+      were made with.
 
     Example:
       >>> rule = dynamic_loss_scale(initial=8.0, hysteresis=1)

@@ -1,4 +1,4 @@
-"""The training state and the training step: loss, gradient, reduction, update and gather in one jitted, donated program."""
+"""The training state and the training step: loss, gradients, update and gather in one jitted, donated program."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def create_train_state(
     """A `TrainState`, created where the plan wants it.
 
     Args:
-      params_or_init: Arrays, which are copied and never deleted; or `init(*args) -> params`, which runs sharded, so that at
-        stage 3 no device ever holds the whole model.
+      params_or_init: Arrays, which are copied and never deleted; or `init(*args) -> params`, which runs sharded, so
+        that at stage 3 no device ever holds the whole model.
       tx: The optimizer, in `zero(...)` or bare.
       plan: From `make_plan`.
       *args: For `init`, a random key for instance.
@@ -93,16 +93,31 @@ class TrainStep:
 
     def __init__(self, run: Callable[..., Any], objective: Objective, state_specs: TrainState) -> None:
         self._objective = objective
+        self._treedef = jax.tree.structure(state_specs)
         shardings = meshes.named(objective.plan.mesh, state_specs)
         self._run = jax.jit(run, donate_argnums=0, in_shardings=(shardings, None), out_shardings=(shardings, None))
 
     def __call__(self, state: TrainState, batch: PyTree) -> tuple[TrainState, dict[str, Any]]:
         """One optimizer step; `state` is donated: use the one returned."""
+        self._check(state)
         return self._run(state, place_batch(self._objective, batch))
 
     def lower(self, state: TrainState, batch: PyTree) -> jax.stages.Lowered:
         """As `jax.jit(...).lower`; arrays or `ShapeDtypeStruct`s."""
+        self._check(state)
+        self._objective.check_batch(batch)
         return self._run.lower(state, batch)
+
+    def _check(self, state: TrainState) -> None:
+        if not isinstance(state, TrainState):
+            raise TypeError(f"step wants the TrainState of create_train_state, got {type(state).__name__}.")
+        self._objective.plan.check(state.params)
+        if not jax.tree.structure(state) == self._treedef:
+            raise ValueError(
+                "the state was created with another tx or loss_scale than the step: its opt_state and loss_scale are "
+                f"{jax.tree.structure(state[2:4])}. Pass the same tx, plan and loss_scale to create_train_state and "
+                "make_train_step."
+            )
 
 
 def make_train_step(
@@ -120,35 +135,36 @@ def make_train_step(
     """The training step of any stage.
 
     Args:
-      loss_fn: `loss_fn(params, batch) -> loss`, a floating scalar, over the rows it is given: it sees one device's rows of one
-        micro-batch, and full params (but for `layerwise`). The same function serves every stage.
+      loss_fn: `loss_fn(params, batch) -> loss`, a floating scalar, over the rows it is given: it sees one device's rows
+        of one micro-batch, and full params (but for `layerwise`). The same function serves every stage.
       tx: The optimizer, in `zero(..., plan)` or bare.
       plan: From `make_plan`.
-      accumulate: Micro-batches in a batch, taken one after another. Device i gets the i-th block of rows, its micro-batches
-        follow one another in it.
+      accumulate: Micro-batches in a batch, taken one after another. Device i gets the i-th block of rows, its
+        micro-batches follow one another in it.
       has_aux: `loss_fn` returns `(loss, aux)`. Each array in `aux` is reduced as the loss is.
       reduce: "mean" or "sum" of the loss over devices and micro-batches.
-      grad_dtype: Dtype in which gradients are summed over devices; the params' own by default. Micro-batches are summed in
-        float32 whatever it is.
-      loss_scale: Multiplies the loss, and takes it out of the gradients in float32. A step with an overflow then changes
-        nothing but the scale, and is counted.
-      layerwise: At stage 3, a regex or predicate on leaf paths: leaves that the model gathers itself, layer by layer, by
-        `zerojax.gather` or `zerojax.nn.gathered`. All others are gathered before `loss_fn` runs.
+      grad_dtype: Dtype in which gradients are summed over devices; the params' own by default. Micro-batches are summed
+        in float32 whatever it is.
+      loss_scale: Multiplies the loss, and takes it out of the gradients in float32. A step with an overflow then
+        changes nothing but the scale, and is counted.
+      layerwise: At stage 3, a regex or predicate on leaf paths: leaves that the model gathers itself, layer by layer,
+        by `zerojax.gather` or `zerojax.nn.gathered`. All others are gathered before `loss_fn` runs.
 
     Returns:
-      `step(state, batch) -> (state, metrics)`, which donates `state`. `batch` is a pytree of arrays, the global batch leading:
-      devices x micro-batches x rows. `metrics`: `loss`; `grad_norm` float32, before clipping and without the loss scale;
-      `finite`, whether every gradient was; `skipped`, steps so far; `loss_scale`, the scale used, and `at_minimum`, whether the
-      next is the lowest there is, where there is one; `aux` with `has_aux`.
+      `step(state, batch) -> (state, metrics)`, which donates `state`. `batch` is a pytree of arrays, the global batch
+      leading: devices x micro-batches x rows. `metrics`: `loss`; `grad_norm` float32, before clipping and without the
+      loss scale; `finite`, whether every gradient was; `skipped`, steps so far; `loss_scale`, the scale used, and
+      `at_minimum`, whether the next is the lowest there is, where there is one; `aux` with `has_aux`.
 
     Raises:
-      ValueError: batch rows are no multiple of devices x micro-batches; params do not match the plan; the loss is no scalar.
+      ValueError: batch rows are no multiple of devices x micro-batches; params do not match the plan; the loss is no
+        scalar.
       TypeError: a param without a gradient (integers).
 
     Communication:
-      Bytes a device and step, for n devices, P bytes of params and G of gradients in the dtype they travel in, times (n - 1) / n:
-      stage 0, an all-reduce 2 G; stage 1, a reduce-scatter and an all-gather G + P; stage 2, `accumulate` G + P; stage 3,
-      P + `accumulate` G, and for `layerwise` leaves twice P for each micro-batch (forward and backward).
+      Bytes a device and step, for n devices, P bytes of params and G of gradients in the dtype they travel in, times (n
+      - 1) / n: stage 0, an all-reduce 2 G; stage 1, a reduce-scatter and an all-gather G + P; stage 2, `accumulate` G +
+      P; stage 3, P + `accumulate` G, and for `layerwise` leaves twice P for each micro-batch (forward and backward).
 
     References:
       Rajbhandari et al., arXiv:1910.02054, sections 5 and 7.
@@ -178,25 +194,19 @@ def make_train_step(
     state_specs = _state_specs(tx, plan, loss_scale)
 
     def body(state: TrainState, batch: PyTree) -> tuple[TrainState, dict[str, Any]]:
-        scale = None if loss_scale is None else state.loss_scale.scale
-        loss, aux, grads, norm, finite = objective.loss_and_grads(
-            state.params, batch, scale=scale, sharded=plan.stage >= 1
-        )
-        if loss_scale is not None:
-            norm = norm / scale
+        scale = None if state.loss_scale is None else state.loss_scale.scale
+        out = objective.loss_and_grads(state.params, batch, sharded=plan.stage >= 1, scale=scale)
+        grads, norm = out.grads, out.norm
+        if scale is not None:
+            norm /= scale
             grads = jax.tree.map(lambda g: (g.astype(jnp.float32) / scale).astype(g.dtype), grads)
-        new = apply_sharded(tx, grads, state.opt_state, state.params)
-        metrics = {"loss": loss, "grad_norm": norm, "finite": finite, "skipped": state.skipped}
-        if has_aux:
-            metrics["aux"] = aux
-        if loss_scale is None:
-            return TrainState(state.step + 1, *new, None, state.skipped), metrics
-        kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, (state.params, state.opt_state))
-        next_scale = loss_scale.update(state.loss_scale, finite)
-        metrics["skipped"] = state.skipped + ~finite
-        metrics["loss_scale"] = scale
-        metrics["at_minimum"] = ~finite & (state.loss_scale.hysteresis == 1) & (next_scale.scale == scale)
-        return TrainState(state.step + 1, *kept, next_scale, metrics["skipped"]), metrics
+        params, opt_state = apply_sharded(tx, grads, state.opt_state, state.params)
+        new = state._replace(step=state.step + 1, params=params, opt_state=opt_state)
+        metrics = {"loss": out.loss, "grad_norm": norm, "finite": out.finite}
+        if loss_scale is not None:
+            new, scale_metrics = _keep_if_overflowed(loss_scale, state, new, out.finite)
+            metrics |= scale_metrics
+        return new, metrics | {"skipped": new.skipped} | ({"aux": out.aux} if has_aux else {})
 
     return TrainStep(meshes.on_mesh(plan.mesh, body, (state_specs, PartitionSpec())), objective, state_specs)
 
@@ -212,7 +222,8 @@ def make_eval_step(
       >>> import zerojax
       >>> mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
       >>> params = {"w": jnp.zeros((4,))}
-      >>> eval_step = make_eval_step(lambda params, x: jnp.mean((x @ params["w"] - 1) ** 2), zerojax.make_plan(params, mesh, stage=0))
+      >>> plan = zerojax.make_plan(params, mesh, stage=0)
+      >>> eval_step = make_eval_step(lambda params, x: jnp.mean((x @ params["w"] - 1) ** 2), plan)
       >>> float(eval_step(params, jnp.ones((2, 4)))["loss"])
       1.0
     """
@@ -238,15 +249,15 @@ def value_and_grad(
 ) -> Callable[[PyTree, PyTree], tuple[Any, PyTree]]:
     """`jax.value_and_grad` for a loop of one's own: gradients come reduced over the devices, laid out by `plan.grads`.
 
-    Args and errors are those of `make_train_step`. The function returned is jitted and may be called inside another jit; it
-    returns `(loss, grads)`, or `((loss, aux), grads)` with `has_aux`.
+    Args and errors are those of `make_train_step`. The function returned is jitted and may be called inside another
+    jit; it returns `(loss, grads)`, or `((loss, aux), grads)` with `has_aux`.
 
     Example:
       >>> import zerojax
       >>> mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
       >>> params = {"w": jnp.zeros((4,))}
-      >>> loss, grads = value_and_grad(lambda params, x: jnp.mean(x @ params["w"]), zerojax.make_plan(params, mesh, stage=2))(
-      ...     params, jnp.ones((2, 4)))
+      >>> plan = zerojax.make_plan(params, mesh, stage=2)
+      >>> loss, grads = value_and_grad(lambda params, x: jnp.mean(x @ params["w"]), plan)(params, jnp.ones((2, 4)))
       >>> grads["w"].tolist()
       [1.0, 1.0, 1.0, 1.0]
     """
@@ -280,7 +291,8 @@ def place_batch(objective: Objective, batch: PyTree) -> PyTree:
             return x
         if jax.process_count() > 1:
             raise ValueError(
-                f"batch: leaf {meshes.path_name(path)!r} is local to one of {jax.process_count()} processes; build global arrays, with "
+                f"batch: leaf {meshes.path_name(path)!r} is local to one of {jax.process_count()} processes; "
+                "build global arrays, with "
                 "jax.make_array_from_process_local_data(plan.batch, rows) for instance."
             )
         return jax.device_put(x, sharding)
@@ -288,7 +300,23 @@ def place_batch(objective: Objective, batch: PyTree) -> PyTree:
     return jax.tree_util.tree_map_with_path(place, batch)
 
 
+def _keep_if_overflowed(
+    loss_scale: LossScale, old: TrainState, new: TrainState, finite: jax.Array
+) -> tuple[TrainState, dict[str, Any]]:
+    """The state after a step with a loss scale: `new`, or after an overflow `old` with another scale; and metrics."""
+    params, opt_state = jax.tree.map(
+        lambda new, old: jnp.where(finite, new, old), (new.params, new.opt_state), (old.params, old.opt_state)
+    )
+    before = old.loss_scale
+    assert before is not None
+    after = loss_scale.update(before, finite)
+    at_minimum = ~finite & (before.hysteresis == 1) & (after.scale == before.scale)
+    state = TrainState(new.step, params, opt_state, after, old.skipped + ~finite)
+    return state, {"loss_scale": before.scale, "at_minimum": at_minimum}
+
+
 def _state_specs(tx: optax.GradientTransformation, plan: Plan, loss_scale: LossScale | None) -> TrainState:
     scalar = PartitionSpec()
     scale = None if loss_scale is None else jax.tree.map(lambda _: scalar, jax.eval_shape(loss_scale.init))
-    return TrainState(scalar, plan.param_specs, plan.opt_state_specs(tx), scale, scalar)
+    specs: Any = (scalar, plan.param_specs, plan.opt_state_specs(tx), scale, scalar)
+    return TrainState(*specs)

@@ -31,24 +31,24 @@ class ZeroTransformation(optax.GradientTransformationExtraArgs):
 def zero(inner: optax.GradientTransformation, plan: Plan) -> ZeroTransformation:
     """Wraps `inner` so that each device of `plan` keeps and updates its share of the optimizer state.
 
-    The state is `inner`'s own, laid out: no wrapper, so checkpoints, `optax.tree.get` and schedules see what they saw before.
-    It works in any jitted loop, and in `make_train_step`, which also reduce-scatters gradients by construction.
+    The state is `inner`'s own, laid out: no wrapper, so checkpoints, `optax.tree.get` and schedules see what they saw
+    before. It works in any jitted loop, and in `make_train_step`, which also reduce-scatters gradients by construction.
 
     Args:
       inner: Any Optax transformation, chains and wrappers included.
       plan: From `make_plan`; at stage 0 everything stays replicated.
 
     Returns:
-      An Optax transformation. `init` takes arrays or `ShapeDtypeStruct`s and gives the state in `plan.opt_state(inner)`; `update`
-      takes gradients in any layout and gives updates laid out as the params are.
+      An Optax transformation. `init` takes arrays or `ShapeDtypeStruct`s and gives the state in
+      `plan.opt_state(inner)`; `update` takes gradients in any layout and gives updates laid out as the params are.
 
     Raises:
       ValueError: params or gradients do not match the plan; or `inner` is already `zero` of another plan.
       TypeError: `inner` is no gradient transformation.
 
     Communication:
-      For `update` alone, at stages 1 and 2: an all-gather of the updates, where an all-reduced gradient is sliced for free; XLA
-      may turn the caller's all-reduce and that slice into a reduce-scatter.
+      For `update` alone, at stages 1 and 2: an all-gather of the updates, where an all-reduced gradient is sliced for
+        free; XLA may turn the caller's all-reduce and that slice into a reduce-scatter.
 
     Memory:
       1/n of `inner`'s state, for n devices, and of what `plan.table()` lists as whole, all of it.
@@ -73,7 +73,8 @@ def zero(inner: optax.GradientTransformation, plan: Plan) -> ZeroTransformation:
         return inner
     if not isinstance(inner, optax.GradientTransformation):
         raise TypeError(
-            f"zero() wraps an optax.GradientTransformation, got {type(inner).__name__}: pass optax.adamw(...) or the like."
+            f"zero() wraps an optax.GradientTransformation, got {type(inner).__name__}: pass optax.adamw(...) or "
+            "the like."
         )
     inner = optax.with_extra_args_support(inner)
     state_specs = functools.cache(lambda: plan.opt_state_specs(inner))
@@ -123,10 +124,11 @@ def zero(inner: optax.GradientTransformation, plan: Plan) -> ZeroTransformation:
 
 
 def apply_sharded(tx: ZeroTransformation, grads: PyTree, state: PyTree, params: PyTree) -> tuple[PyTree, PyTree]:
-    """One optimizer step inside `meshes.on_mesh`: each device updates its shards of the params, which are then gathered.
+    """One optimizer step inside `meshes.on_mesh`: each device updates its shards of the params, which are then
+    gathered.
 
-    Cheaper than `tx.update` and `optax.apply_updates`: what travels is the params in their own dtype, and the addition too is
-    done once for each element and not on every device.
+    Cheaper than `tx.update` and `optax.apply_updates`: what travels is the params in their own dtype, and the addition
+      too is done once for each element and not on every device.
     """
     plan = tx.plan
     grads, shards = (meshes.constrain(tree, plan.update_specs) for tree in (grads, params))
