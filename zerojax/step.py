@@ -93,7 +93,7 @@ class TrainStep:
 
     def __init__(self, run: Callable[..., Any], objective: Objective, state_specs: TrainState) -> None:
         self._objective = objective
-        self._treedef = jax.tree.structure(state_specs)
+        self._treedef: Any = jax.tree.structure(state_specs)
         shardings = meshes.named(objective.plan.mesh, state_specs)
         self._run = jax.jit(run, donate_argnums=0, in_shardings=(shardings, None), out_shardings=(shardings, None))
 
@@ -112,7 +112,7 @@ class TrainStep:
         if not isinstance(state, TrainState):
             raise TypeError(f"step wants the TrainState of create_train_state, got {type(state).__name__}.")
         self._objective.plan.check(state.params)
-        if not jax.tree.structure(state) == self._treedef:
+        if jax.tree.structure(state) != self._treedef:
             raise ValueError(
                 "the state was created with another tx or loss_scale than the step: its opt_state and loss_scale are "
                 f"{jax.tree.structure(state[2:4])}. Pass the same tx, plan and loss_scale to create_train_state and "
