@@ -10,13 +10,8 @@ from __future__ import annotations
 
 import json
 import pathlib
-import sys
 import time
 from typing import Any
-
-sys.path.insert(
-    0, str(pathlib.Path(__file__).resolve().parent.parent)
-)  # run from a checkout, configs/ lies beside examples/
 
 import gpt
 import jax

@@ -76,11 +76,9 @@ def gather(tree: PyTree, *, dtype: Any = None) -> PyTree:
             return x.astype(dtype) if narrow else x
         if x.value.ndim < -x.dim:
             raise ValueError(
-                f"param {x.name!r} is sharded over its leading dim, which a scan slices: its layers are on "
-                "different devices. "
-                f"Make that dim smaller than another, or pass make_plan a min_size above the leaf's "
-                f"{x.value.size * -x.dim} elements, or "
-                "leave it out of layerwise."
+                f"param {x.name!r} is sharded over its leading dim, which a scan slices: its layers are on different "
+                "devices. Make that dim smaller than another, or raise make_plan's min_size above the number of its "
+                "elements, or leave it out of layerwise."
             )
         return _all_gather(x.value, x.dim % x.value.ndim, x.axes, dtype if narrow else x.value.dtype, x.wire_dtype)
 

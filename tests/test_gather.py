@@ -1,0 +1,133 @@
+"""`gather` and `nn.gathered`: the same numbers whether a layer's params come whole or in shards."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import models
+import numpy as np
+import pytest
+from flax import linen as nn
+
+import zerojax
+import zerojax.nn
+from zerojax.gather import Shard
+
+
+class Layer(nn.Module):
+    """LayerNorm, MLP, residual."""
+
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x):
+        hidden = nn.gelu(nn.Dense(32, dtype=self.dtype)(nn.LayerNorm(dtype=self.dtype)(x)))
+        return x + nn.Dense(16, dtype=self.dtype)(hidden)
+
+
+class Stack(nn.Module):
+    """Four layers scanned between an embedding and a head."""
+
+    dtype: str = "float32"
+    wrapped: bool = True
+
+    @nn.compact
+    def __call__(self, x):
+        layer = zerojax.nn.gathered(Layer, dtype=self.dtype, prevent_cse=False) if self.wrapped else Layer
+        scan = nn.scan(
+            lambda layer, x, _: (layer(x), None), variable_axes={"params": 0}, split_rngs={"params": True}, length=4
+        )
+        x, _ = scan(layer(self.dtype, name="layers"), nn.Dense(16, name="embed", dtype=self.dtype)(x), None)
+        return nn.Dense(8, name="head")(x)
+
+
+def loss_of(model):
+    return lambda params, batch: jnp.mean((model.apply({"params": params}, batch["x"]) - batch["y"]) ** 2)
+
+
+def init_of(model):
+    return model.init(jax.random.key(0), jnp.ones((1, 16)))["params"]
+
+
+def train(model, stage, steps=3):
+    params = init_of(model)
+    plan = zerojax.make_plan(params, models.mesh_of(8), stage=stage, min_size=64)
+    tx = zerojax.zero(models.clipped_adamw(), plan)
+    state = zerojax.create_train_state(params, tx, plan)
+    step = zerojax.make_train_step(loss_of(model), tx, plan, layerwise="^layers/")
+    lowered = step.lower(state, models.mlp_batches()[0])
+    losses = []
+    for batch in models.mlp_batches(steps):
+        state, metrics = step(state, batch)
+        losses.append(float(metrics["loss"]))
+    return losses, jax.device_get(state.params), lowered
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gathered_changes_neither_params_nor_result(dtype):
+    plain, wrapped = Stack(dtype, wrapped=False), Stack(dtype)
+    params = init_of(plain)
+    jax.tree.map(np.testing.assert_array_equal, params, init_of(wrapped))
+    assert {x.dtype.name for x in jax.tree.leaves(init_of(wrapped))} == {"float32"}
+    x = models.mlp_batches(1)[0]["x"]
+    np.testing.assert_array_equal(plain.apply({"params": params}, x), wrapped.apply({"params": params}, x))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_stage_3_layer_by_layer_equals_stage_0(dtype):
+    whole, whole_params, _ = train(Stack(dtype), stage=0)
+    layered, layered_params, _ = train(Stack(dtype), stage=3)
+    # Casting before or after the gather gives the same bits; sums over devices differ in order, as at any stage.
+    np.testing.assert_allclose(layered, whole, rtol=2e-6)
+    # Adam divides a gradient by its own size: where one is near zero its rounding moves a param by up to the rate, 1e-2,
+    # times that rounding. bfloat16 rounds the activations that differ in their last float32 bit, 2**-8 apart.
+    atol = 2e-6 if dtype == "float32" else 2e-4
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=atol, rtol=2e-6), layered_params, whole_params)
+
+
+def test_weights_travel_in_the_compute_dtype_and_gradients_in_float32():
+    text = train(Stack("bfloat16"), stage=3, steps=1)[2].as_text()
+    gathers = re.findall(r"stablehlo.all_gather.*?-> tensor<([^>]*)>", text)
+    scatters = re.findall(r"stablehlo.reduce_scatter.*?\}\) : \(tensor<([^>]*)>", text, re.DOTALL)
+    assert sum(g in ("16x32xbf16", "32x16xbf16") for g in gathers) == 4  # 2 matrices, there and back
+    assert scatters and all(s.endswith("f32") for s in scatters)
+
+
+def test_gather_is_the_identity_on_whole_leaves():
+    tree = {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}
+    assert zerojax.gather(tree)["kernel"] is tree["kernel"]
+    narrow = zerojax.gather(tree, dtype="bfloat16")
+    assert (narrow["kernel"].dtype, narrow["bias"].dtype) == ("bfloat16", "float32")
+
+
+def test_a_shard_that_is_not_gathered_says_so():
+    shard = Shard(jnp.ones((2, 2)), "layers/kernel", -1, ("data",))
+    with pytest.raises(TypeError, match=r"'layers/kernel' is named by layerwise.*zerojax\.gather"):
+        jnp.ones((2, 2)) @ shard
+
+
+def test_a_stack_cut_along_its_layers_cannot_be_gathered_by_layer():
+    params = {"layers": jnp.ones((16, 8))}  # more layers than columns, so that the layers are cut
+    plan = zerojax.make_plan(params, models.mesh_of(8), stage=3, min_size=64)
+    scan = lambda params, x: jax.lax.scan(lambda s, w: (s + jnp.sum(zerojax.gather(w)), None), x.sum(), params)[0]
+    step = zerojax.value_and_grad(lambda p, b: scan(p["layers"], b["x"]), plan, layerwise="layers")
+    with pytest.raises(ValueError, match=r"'layers' is sharded over its leading dim.*min_size"):
+        step(params, models.mlp_batches(1)[0])
+
+
+def test_keep_expensive_keeps_products_and_gathers_twice():
+    mesh = models.mesh_of(8)
+
+    def local(w1, w2, x):
+        layer = lambda w, x: jnp.tanh(x @ zerojax.gather(Shard(w, "w", -1, ("data",))))
+        layer = jax.checkpoint(layer, policy=zerojax.keep_expensive)
+        return jax.grad(lambda w1, w2, x: jnp.sum(layer(w2, layer(w1, x))), argnums=(0, 1, 2))(w1, w2, x)
+
+    weight, rows = jax.P(None, "data"), jax.P("data")
+    specs = (weight, weight, rows)
+    grads = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=specs, check_vma=False)
+    text = str(jax.make_jaxpr(grads)(jnp.ones((16, 24)), jnp.ones((24, 32)), jnp.ones((8, 16))))
+    assert len(re.findall(r"= all_gather\[", text)) == 4  # two layers, forward and backward
+    assert len(re.findall(r"= dot_general\[", text)) == 2 * 3  # forward, dx, dw: no product is done again
+    assert len(re.findall(r" tanh ", text)) == 4
