@@ -17,7 +17,8 @@ import numpy as np
 import optax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from zerojax import meshes, report
+from zerojax import layout, meshes, report
+from zerojax.meshes import AnyMesh
 
 PyTree = Any
 STAGES = (0, 1, 2, 3)
@@ -81,7 +82,7 @@ class Plan:
       min_size: Leaves with fewer elements stay whole.
     """
 
-    mesh: Mesh | AbstractMesh
+    mesh: AnyMesh
     stage: int
     axes: tuple[str, ...]
     leaves: tuple[Leaf, ...]
@@ -157,7 +158,7 @@ class Plan:
                     return leaf.sharded if self.stage >= 1 else leaf.whole
             if self.stage == 0:
                 return PartitionSpec()
-            return shard_spec(x.shape, PartitionSpec(), self.axis, self.num_shards, self.min_size)[0]
+            return layout.shard_spec(x.shape, PartitionSpec(), self.axis, self.num_shards, self.min_size)[0]
 
         return jax.tree_util.tree_map_with_path(spec, self._state_shapes(tx))
 
@@ -184,9 +185,9 @@ class Plan:
         plan = self if param_dtype is None else self._with_dtype(param_dtype)
         grads = plan if grad_dtype is None else plan._with_dtype(grad_dtype)
         return Memory(
-            params=_total(plan.mesh, plan.shapes, plan.param_specs),
-            grads=_total(grads.mesh, grads.shapes, grads.grad_specs),
-            opt_state=_total(plan.mesh, plan._state_shapes(tx), plan.opt_state_specs(tx)),
+            params=layout.total_bytes(plan.mesh, plan.shapes, plan.param_specs),
+            grads=layout.total_bytes(grads.mesh, grads.shapes, grads.grad_specs),
+            opt_state=layout.total_bytes(plan.mesh, plan._state_shapes(tx), plan.opt_state_specs(tx)),
             host=0,
         )
 
@@ -243,7 +244,9 @@ class Plan:
         """
         shapes = self.treedef.flatten_up_to(self.shapes)
         at_rest = [self.treedef.flatten_up_to(specs) for specs in (self.param_specs, self.grad_specs)]
-        held = [[_bytes(self.mesh, x, spec) for x, spec in zip(shapes, specs, strict=True)] for specs in at_rest]
+        held = [
+            [layout.shard_bytes(self.mesh, x, spec) for x, spec in zip(shapes, specs, strict=True)] for specs in at_rest
+        ]
         rows = [
             [leaf.name, list(leaf.shape), leaf.dtype, _placement(leaf), *map(report.format_bytes, sizes)]
             for leaf, *sizes in zip(self.leaves, *held, strict=True)
@@ -259,7 +262,7 @@ class Plan:
 
 def make_plan(
     params: PyTree,
-    mesh: Mesh | AbstractMesh,
+    mesh: AnyMesh,
     *,
     stage: int,
     axis: str | tuple[str, ...] = "data",
@@ -313,14 +316,14 @@ def make_plan(
         if name not in mesh.axis_names:
             raise ValueError(f"the mesh has no axis {name!r}; it has {mesh.axis_names}: pass one of them as axis=.")
     paths, treedef = jax.tree_util.tree_flatten_with_path(params)
-    taken = _taken(param_specs, params)
+    taken = layout.taken_specs(param_specs, params)
     size = meshes.shards(mesh, axes)
     leaves = []
     for (path, x), whole in zip(paths, taken, strict=True):
         name = meshes.path_name(path)
-        shape, dtype = _shape_dtype(x, name)
-        _check_taken(name, shape, whole, mesh, axes)
-        sharded, dim, reason = shard_spec(shape, whole, axes if len(axes) > 1 else axes[0], size, min_size)
+        shape, dtype = layout.shape_dtype(x, name)
+        layout.check_taken(name, shape, whole, mesh, axes)
+        sharded, dim, reason = layout.shard_spec(shape, whole, axes if len(axes) > 1 else axes[0], size, min_size)
         if strict and stage and dim is None and math.prod(shape) >= max(min_size, 1):
             raise ValueError(
                 f"leaf {name!r} {list(shape)} cannot be sharded over mesh axis {axis!r} of {size} devices: "
@@ -330,94 +333,6 @@ def make_plan(
             )
         leaves.append(Leaf(name=name, shape=shape, dtype=dtype, whole=whole, sharded=sharded, dim=dim, reason=reason))
     return Plan(mesh=mesh, stage=stage, axes=axes, leaves=tuple(leaves), treedef=treedef, min_size=min_size)
-
-
-def shard_spec(
-    shape: tuple[int, ...], whole: PartitionSpec, axis: str | tuple[str, ...], size: int, min_size: int
-) -> tuple[PartitionSpec, int | None, str]:
-    """Puts `axis` of `size` devices on one dim of `shape` that `whole` leaves free.
-
-    Returns:
-      The spec, the dim, and an empty reason; or `whole`, None, and the reason why no dim was taken.
-
-    Example:
-      >>> shard_spec((24, 16, 16), PartitionSpec(), "data", 8, min_size=1)
-      (P('data', None, None), 0, '')
-      >>> shard_spec((8, 16, 16), PartitionSpec(None, "model"), "data", 8, min_size=1)
-      (P(None, 'model', 'data'), 2, '')
-      >>> shard_spec((7, 13), PartitionSpec(), "data", 8, min_size=1)
-      (P(), None, 'no free dim is a multiple of 8')
-    """
-    if math.prod(shape) < min_size:
-        return whole, None, f"{math.prod(shape)} elements are fewer than min_size={min_size}"
-    entries = [*whole, *[None] * (len(shape) - len(whole))]
-    dims = [d for d, n in enumerate(shape) if entries[d] is None and n and n % size == 0]
-    if not dims:
-        return whole, None, f"no free dim is a multiple of {size}"
-    dim = max(dims, key=lambda d: (shape[d], d > 0, -d))
-    entries[dim] = axis
-    return PartitionSpec(*entries), dim, ""
-
-
-def _taken(param_specs: PyTree | None, params: PyTree) -> list[PartitionSpec]:
-    """`param_specs` spread over the leaves of `params`."""
-    is_spec = lambda x: x is None or isinstance(x, PartitionSpec)
-    try:
-        spread = jax.tree.map(lambda spec, sub: jax.tree.map(lambda _: spec, sub), param_specs, params, is_leaf=is_spec)
-    except ValueError as e:
-        raise ValueError(f"param_specs is no prefix of params: {e}") from e
-    specs = jax.tree.leaves(spread, is_leaf=is_spec)
-    for spec in specs:
-        if not is_spec(spec):
-            raise TypeError(
-                f"param_specs must hold PartitionSpecs and None, got {spec!r} of type {type(spec).__name__}."
-            )
-    return [PartitionSpec() if spec is None else spec for spec in specs]
-
-
-def _check_taken(
-    name: str, shape: tuple[int, ...], whole: PartitionSpec, mesh: Mesh | AbstractMesh, axes: tuple[str, ...]
-) -> None:
-    if len(whole) > len(shape):
-        raise ValueError(
-            f"param_specs: {whole} has {len(whole)} entries, leaf {name!r} {list(shape)} has {len(shape)} dims."
-        )
-    for dim, entry in enumerate(whole):
-        for used in meshes.axis_names(entry):
-            if used not in mesh.axis_names:
-                raise ValueError(
-                    f"param_specs: {whole} of leaf {name!r} names {used!r}; the mesh has the axes {mesh.axis_names}."
-                )
-            if used in axes:
-                raise ValueError(
-                    f"param_specs: {whole} of leaf {name!r} takes {used!r}, the ZeRO axis; ZeRO puts it on a free "
-                    "dim itself."
-                )
-        if shape[dim] % meshes.shards(mesh, entry):
-            raise ValueError(
-                f"param_specs: {whole} cuts dim {dim} of leaf {name!r} {list(shape)} into "
-                f"{meshes.shards(mesh, entry)} shards, "
-                "which does not divide it."
-            )
-
-
-def _shape_dtype(x: Any, name: str) -> tuple[tuple[int, ...], np.dtype]:
-    if not (hasattr(x, "shape") and hasattr(x, "dtype")) and not isinstance(x, int | float | complex):
-        raise TypeError(f"params: leaf {name!r} is no array but {x!r} of type {type(x).__name__}.")
-    return tuple(np.shape(x)), x.dtype if isinstance(x, jax.ShapeDtypeStruct) else jax.numpy.result_type(x)
-
-
-def _bytes(mesh: Mesh | AbstractMesh, x: jax.ShapeDtypeStruct, spec: PartitionSpec) -> int:
-    """Bytes of one shard of an array."""
-    entries = [*spec, *[None] * (len(x.shape) - len(spec))]
-    return (
-        math.prod(-(-n // meshes.shards(mesh, entry)) for n, entry in zip(x.shape, entries, strict=True))
-        * x.dtype.itemsize
-    )
-
-
-def _total(mesh: Mesh | AbstractMesh, shapes: PyTree, specs: PyTree) -> int:
-    return sum(jax.tree.leaves(jax.tree.map(lambda x, spec: _bytes(mesh, x, spec), shapes, specs)))
 
 
 def _placement(leaf: Leaf) -> str:
