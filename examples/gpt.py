@@ -46,8 +46,8 @@ SIZES = {
     "7B": GPTConfig(vocab=50304, context=2048, layers=32, heads=32, width=4096, dtype="bfloat16"),
 }
 
-LAYERWISE = "^blocks"
-"""The leaves that `GPT` gathers itself, layer by layer: `make_train_step(..., layerwise=LAYERWISE)`."""
+LAYERWISE = "^(embed|blocks)"
+"""The leaves that `GPT` gathers itself, where it uses them: `make_train_step(..., layerwise=LAYERWISE)`."""
 
 
 class Block(nn.Module):
@@ -75,7 +75,8 @@ class GPT(nn.Module):
     @nn.compact
     def __call__(self, tokens: jax.Array) -> jax.Array:
         c = self.config
-        embed = nn.Embed(c.vocab, c.width, dtype=c.dtype, embedding_init=INIT, name="embed")
+        gathered_embed = zerojax.nn.gathered(nn.Embed, dtype=c.dtype, methods=("__call__", "attend"))
+        embed = gathered_embed(c.vocab, c.width, dtype=c.dtype, embedding_init=INIT, name="embed")
         positions = self.param("positions", INIT, (c.context, c.width))
         x = embed(tokens) + positions[: tokens.shape[1]].astype(c.dtype)
         policy = jax.checkpoint_policies.nothing_saveable if c.remat else None

@@ -278,4 +278,4 @@ def test_a_loss_scale_at_one_end_only():
 
 
 def test_arguments_in_the_wrong_order():
-    refused(ValueError, ["TrainState"], step_of(stage=1), two_leaves(), ROWS)
+    refused(TypeError, ["TrainState", "dict"], step_of(stage=1), two_leaves(), ROWS)

@@ -15,6 +15,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from zerojax.flow import gathers
+
 PyTree = Any
 
 
@@ -55,8 +57,8 @@ def gather(tree: PyTree, *, dtype: Any = None) -> PyTree:
     Args:
       tree: Params, or the part of them that one layer uses. A leaf that is whole already is returned as it is, so the
         same model runs at every stage, without a mesh, and in evaluation.
-      dtype: Leaves of two and more dims are cast to it before they travel: `bfloat16` halves the bytes where the layer
-        would cast its weights to that dtype anyway. Leaves of one dim, norms among them, keep theirs.
+      dtype: Shards of two and more dims are cast to it before they travel: `bfloat16` halves the bytes where the layer
+        casts its weights to that dtype anyway. Those of one dim, norms among them, keep theirs.
 
     Returns:
       The tree with every leaf whole.
@@ -71,18 +73,17 @@ def gather(tree: PyTree, *, dtype: Any = None) -> PyTree:
     """
 
     def one(x: Any) -> Any:
-        narrow = dtype is not None and x_ndim(x) >= 2
         if not isinstance(x, Shard):
-            return x.astype(dtype) if narrow else x
+            return x
         if x.value.ndim < -x.dim:
             raise ValueError(
                 f"param {x.name!r} is sharded over its leading dim, which a scan slices: its layers are on different "
                 "devices. Make that dim smaller than another, or raise make_plan's min_size above the number of its "
                 "elements, or leave it out of layerwise."
             )
-        return _all_gather(x.value, x.dim % x.value.ndim, x.axes, dtype if narrow else x.value.dtype, x.wire_dtype)
+        travels = dtype if dtype is not None and x.value.ndim >= 2 else x.value.dtype
+        return _all_gather(x.value, x.dim % x.value.ndim, x.axes, travels, x.wire_dtype)
 
-    x_ndim = lambda x: jnp.ndim(x.value if isinstance(x, Shard) else x)
     return jax.tree.map(one, tree, is_leaf=lambda x: isinstance(x, Shard))
 
 
@@ -107,11 +108,7 @@ def keep_expensive(prim: Any, *_: Any, **params: Any) -> bool:
       >>> jax.grad(lambda x: layer(x, jnp.eye(2)).sum())(jnp.zeros(2)).tolist()
       [1.0, 1.0]
     """
-    inner = params.get("call_jaxpr")  # `_all_gather` is one custom_vjp call to a policy
-    gathers = prim.name == "all_gather" or (
-        inner and any(eqn.primitive.name == "all_gather" for eqn in inner.jaxpr.eqns)
-    )
-    return not gathers and prim.name not in _CHEAP
+    return not gathers(prim.name, params) and prim.name not in _CHEAP
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from zerojax import meshes
+from zerojax import flow, meshes
 from zerojax.gather import Shard
 from zerojax.plan import Leaf, Plan
 
@@ -32,7 +32,7 @@ class Result(NamedTuple):
     Attributes:
       loss: float32 scalar.
       aux: What the loss function returned beside it, reduced as the loss is; () without.
-      grads: Shaped like params, in their dtypes.
+      grads: Shaped like params, in their dtypes; float32 under a loss scale.
       norm: float32 scalar, the global L2 norm of `grads`.
       finite: bool scalar, whether all of `grads` are finite.
     """
@@ -63,6 +63,8 @@ class Objective:
             )
         if self.reduce not in REDUCTIONS:
             raise ValueError(f"reduce must be one of {REDUCTIONS}, got {self.reduce!r}.")
+        if self.grad_dtype is not None and not jnp.issubdtype(self.grad_dtype, jnp.floating):
+            raise ValueError(f"grad_dtype must be a floating dtype, got {self.grad_dtype!r}.")
         if self.layerwise is not None and not any(map(self._named_by_layerwise, self.plan.leaves)):
             names = [leaf.name for leaf in self.plan.leaves[:8]]
             more = ["..."] * (len(self.plan.leaves) > 8)
@@ -109,7 +111,8 @@ class Objective:
           params: Laid out by `plan.param_specs`.
           batch: Global arrays, rows leading.
           sharded: Returns gradients cut where the plan shards, rather than whole on every device.
-          scale: Multiplies the loss before the gradient is taken; the gradients are returned with it still in.
+          scale: Multiplies the loss before the gradient is taken, and is taken out of the gradients in float32, which
+            they then have as their dtype.
         """
         self.plan.check(params)
         self.check_batch(batch)
@@ -121,14 +124,14 @@ class Objective:
                     "or put it in the batch."
                 )
 
-        def local(params: PyTree, rows: PyTree, scale: jax.Array) -> Result:
+        def local(params: PyTree, rows: PyTree, scale: jax.Array | None) -> Result:
             return self._local(params, rows, scale, sharded)
 
         specs = self.plan.treedef.flatten_up_to(self.plan.specs(sharded=sharded))
         grad_specs = [self._manual(spec) for spec, leaf in zip(specs, self.plan.leaves, strict=True) if _solid(leaf)]
         scalar = PartitionSpec()
         run = self._over_devices(local, Result(scalar, scalar, grad_specs, scalar, scalar), scalar)
-        result = run(params, batch, jnp.float32(1) if scale is None else scale)
+        result = run(params, batch, scale)
         solid = iter(result.grads)
         grads = [next(solid) if _solid(leaf) else jnp.zeros(leaf.shape, leaf.dtype) for leaf in self.plan.leaves]
         return result._replace(grads=self.plan.treedef.unflatten(grads))
@@ -195,7 +198,8 @@ class Objective:
                 )
             raise
         if self.has_aux and not (isinstance(out, tuple) and len(out) == 2):
-            raise ValueError(f"has_aux=True wants loss_fn to return (loss, aux), got {type(out).__name__}.")
+            came = "an array" if isinstance(out, jax.Array) else type(out).__name__
+            raise ValueError(f"has_aux=True wants loss_fn to return (loss, aux), got {came}.")
         loss, aux = out if self.has_aux else (out, ())
         if not hasattr(loss, "dtype") or not jnp.issubdtype(loss.dtype, jnp.floating) or jnp.shape(loss):
             came = f"{loss.dtype}{list(jnp.shape(loss))}" if hasattr(loss, "dtype") else type(loss).__name__
@@ -206,14 +210,28 @@ class Objective:
             )
         return loss.astype(jnp.promote_types(loss.dtype, jnp.float32)), aux
 
+    def _check_gathered(self, entered: list[Any], rows: PyTree) -> None:
+        """Raises `TypeError` where the loss function computes with a shard as if it were whole."""
+        if not any(map(self._by_layer, self.plan.leaves)):
+            return
+        jaxpr = jax.make_jaxpr(self._call)(self.plan.treedef.unflatten(entered), rows).jaxpr
+        shards = {v: f.name for v, f in zip(jaxpr.invars, self.plan.leaves, strict=False) if self._by_layer(f)}
+        if misuse := flow.first_misuse(jaxpr, shards):
+            raise TypeError(
+                f"loss_fn uses one device's shard of {misuse[0]!r} in {misuse[1]!r} as if it were whole: "
+                "layerwise names "
+                "that leaf, so gather it first, by zerojax.gather or zerojax.nn.gathered, or leave it out of layerwise."
+            )
+
     def _sum_values(self, loss: jax.Array, aux: PyTree) -> tuple[jax.Array, PyTree]:
         """The sum or mean over devices of what each summed over its micro-batches."""
         over = lambda x: jax.lax.psum(x / self._parts if self._parts > 1 else x, self.plan.axes)
         return jax.tree.map(over, (loss, aux))
 
-    def _local(self, params: PyTree, rows: PyTree, scale: jax.Array, sharded: bool) -> Result:
+    def _local(self, params: PyTree, rows: PyTree, scale: jax.Array | None, sharded: bool) -> Result:
         """One device's part: its rows in micro-batches, the gradients of its solid leaves reduced over the devices."""
         entered = self.plan.treedef.flatten_up_to(self._enter(params))
+        self._check_gathered(entered, rows)
 
         def micro(rows: PyTree) -> tuple[jax.Array, PyTree, list[jax.Array]]:
             def scaled(solid: list[Any]) -> tuple[jax.Array, tuple[jax.Array, PyTree]]:
@@ -221,7 +239,7 @@ class Objective:
                 leaves = [next(some) if _solid(leaf) else x for leaf, x in zip(self.plan.leaves, entered, strict=True)]
                 loss, aux = self._call(self.plan.treedef.unflatten(leaves), rows)
                 # Divided here and not after the sum over devices: it is free, and no float16 sum overflows.
-                return loss * (scale / self._parts), (loss, aux)
+                return loss * ((1 if scale is None else scale) / self._parts), (loss, aux)
 
             solid = [x for leaf, x in zip(self.plan.leaves, entered, strict=True) if _solid(leaf)]
             (_, (loss, aux)), grads = jax.value_and_grad(scaled, has_aux=True)(solid)
@@ -239,6 +257,8 @@ class Objective:
             grads, values = jax.lax.scan(body, list(map(self._zeros, filter(_solid, self.plan.leaves))), rows)
             loss, aux = jax.tree.map(lambda x: x.sum(0), values)
         grads = self._reduce_late(grads, sharded)
+        if scale is not None:
+            grads = [g.astype(jnp.float32) / scale for g in grads]
         return Result(*self._sum_values(loss, aux), grads, *self._norm(grads, sharded))
 
     def _zeros(self, leaf: Leaf) -> jax.Array:

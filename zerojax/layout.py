@@ -49,7 +49,8 @@ def taken_specs(param_specs: PyTree | None, params: PyTree) -> list[PartitionSpe
         spread = jax.tree.map(lambda spec, sub: jax.tree.map(lambda _: spec, sub), param_specs, params, is_leaf=is_spec)
     except ValueError as e:
         raise ValueError(f"param_specs is no prefix of params: {e}") from e
-    specs = jax.tree.leaves(spread, is_leaf=is_spec)
+    treedef: Any = jax.tree.structure(params)
+    specs = treedef.flatten_up_to(spread)
     for spec in specs:
         if not is_spec(spec):
             raise TypeError(

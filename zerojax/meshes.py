@@ -59,21 +59,39 @@ def on_mesh(mesh: AnyMesh, f: Callable[..., PyTree], out_specs: PyTree) -> Calla
                 f"zerojax works on global arrays, but it was called inside a shard_map over {ambient.manual_axes}; "
                 "call it outside, or use plain Optax on the shards."
             )
+        if not ambient.empty and ambient.shape != mesh.shape:
+            raise ValueError(
+                f"the plan's mesh has the axes {dict(mesh.shape)}, but jax.set_mesh chose one with "
+                f"{dict(ambient.shape)}; set the plan's mesh, or none."
+            )
         with jax.sharding.use_abstract_mesh(abstract(mesh) if ambient.empty else ambient):
             if AxisType.Explicit in mesh.axis_types:
-                return jax.sharding.auto_axes(f, axes=mesh.axis_names, out_sharding=out_specs)(*args)
-            return constrain(f(*args), out_specs)
+                return jax.sharding.auto_axes(laid_out, axes=mesh.axis_names, out_sharding=out_specs)(*args)
+            return laid_out(*args)
+
+    def laid_out(*args: PyTree) -> PyTree:
+        # Named by devices, not by specs alone: an Optax state that does not depend on params is a constant of the
+        # program, which would otherwise run on one device.
+        return constrain(f(*args), named(_all_auto(mesh), out_specs))
 
     return traced
 
 
-def constrain(tree: PyTree, specs: PyTree) -> PyTree:
-    """Lays the arrays of `tree` out by `specs`, a prefix of it; for use inside `on_mesh`."""
+def _all_auto(mesh: AnyMesh) -> AnyMesh:
+    """The same devices, all axes in Auto mode."""
+    auto = (AxisType.Auto,) * len(mesh.axis_names)
+    if isinstance(mesh, Mesh):
+        return Mesh(mesh.devices, mesh.axis_names, axis_types=auto)
+    return AbstractMesh(mesh.axis_sizes, mesh.axis_names, axis_types=auto)
 
-    def one(spec: PartitionSpec, subtree: PyTree) -> PyTree:
-        return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, spec), subtree)
 
-    return jax.tree.map(one, specs, tree, is_leaf=lambda x: isinstance(x, PartitionSpec))
+def constrain(tree: PyTree, layout: PyTree) -> PyTree:
+    """Lays the arrays of `tree` out by `layout`, a prefix of it, its leaves specs or shardings; inside `on_mesh`."""
+
+    def one(sharding: PartitionSpec | NamedSharding, subtree: PyTree) -> PyTree:
+        return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, sharding), subtree)
+
+    return jax.tree.map(one, layout, tree, is_leaf=lambda x: isinstance(x, PartitionSpec))
 
 
 def named(mesh: AnyMesh, specs: PyTree) -> PyTree:

@@ -248,7 +248,7 @@ class Plan:
             [layout.shard_bytes(self.mesh, x, spec) for x, spec in zip(shapes, specs, strict=True)] for specs in at_rest
         ]
         rows = [
-            [leaf.name, list(leaf.shape), leaf.dtype, _placement(leaf), *map(report.format_bytes, sizes)]
+            [leaf.name, list(leaf.shape), leaf.dtype, _placement(leaf, self.stage), *map(report.format_bytes, sizes)]
             for leaf, *sizes in zip(self.leaves, *held, strict=True)
         ]
         rows.append(["total", "", "", "", *(report.format_bytes(sum(sizes)) for sizes in held)])
@@ -309,7 +309,7 @@ def make_plan(
         raise TypeError(
             f"mesh must be a jax.sharding.Mesh or AbstractMesh, got {type(mesh).__name__}; see jax.make_mesh."
         )
-    axes = axis if isinstance(axis, tuple) else (axis,)
+    axes = (axis,) if isinstance(axis, str) else tuple(axis)
     if not axes or len(set(axes)) < len(axes):
         raise ValueError(f"axis must name at least one mesh axis, each once, got {axis!r}.")
     for name in axes:
@@ -335,6 +335,6 @@ def make_plan(
     return Plan(mesh=mesh, stage=stage, axes=axes, leaves=tuple(leaves), treedef=treedef, min_size=min_size)
 
 
-def _placement(leaf: Leaf) -> str:
-    entries = ", ".join("None" if entry is None else repr(entry) for entry in leaf.sharded)
+def _placement(leaf: Leaf, stage: int) -> str:
+    entries = ", ".join(map(repr, leaf.sharded if stage else leaf.whole))
     return entries or "whole"

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 class LossScaleState(NamedTuple):
@@ -34,8 +35,8 @@ def static_loss_scale(scale: float) -> LossScale:
       >>> float(static_loss_scale(128.0).init().scale)
       128.0
     """
-    if not scale > 0:
-        raise ValueError(f"scale must be positive, got {scale}.")
+    if not 0 < np.float32(scale) < np.inf:
+        raise ValueError(f"scale must be positive and finite in float32, got {scale}.")
     return LossScale(lambda: _state(scale, 1), lambda state, finite: state)
 
 
@@ -66,8 +67,11 @@ def dynamic_loss_scale(
       >>> float(rule.update(rule.init(), jnp.array(False)).scale)
       4.0
     """
-    if not 0 < minimum <= initial:
-        raise ValueError(f"dynamic_loss_scale wants 0 < minimum <= initial, got minimum={minimum}, initial={initial}.")
+    if not 0 < np.float32(minimum) <= np.float32(initial) < np.inf:
+        raise ValueError(
+            f"dynamic_loss_scale wants 0 < minimum <= initial, finite in float32, got minimum={minimum}, "
+            f"initial={initial}."
+        )
     if window < 1 or hysteresis < 1:
         raise ValueError(f"window and hysteresis must be at least 1, got window={window}, hysteresis={hysteresis}.")
 

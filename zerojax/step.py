@@ -94,13 +94,18 @@ class TrainStep:
     def __init__(self, run: Callable[..., Any], objective: Objective, state_specs: TrainState) -> None:
         self._objective = objective
         self._treedef: Any = jax.tree.structure(state_specs)
-        shardings = meshes.named(objective.plan.mesh, state_specs)
+        self._shardings = shardings = meshes.named(objective.plan.mesh, state_specs)
         self._run = jax.jit(run, donate_argnums=0, in_shardings=(shardings, None), out_shardings=(shardings, None))
 
     def __call__(self, state: TrainState, batch: PyTree) -> tuple[TrainState, dict[str, Any]]:
         """One optimizer step; `state` is donated: use the one returned."""
         self._check(state)
-        return self._run(state, place_batch(self._objective, batch))
+        batch = place_batch(self._objective, batch)
+        try:
+            return self._run(state, batch)
+        except ValueError as e:
+            self._explain_placement(state, e)
+            raise
 
     def lower(self, state: TrainState, batch: PyTree) -> jax.stages.Lowered:
         """As `jax.jit(...).lower`; arrays or `ShapeDtypeStruct`s."""
@@ -111,6 +116,10 @@ class TrainStep:
     def _check(self, state: TrainState) -> None:
         if not isinstance(state, TrainState):
             raise TypeError(f"step wants the TrainState of create_train_state, got {type(state).__name__}.")
+        if isinstance(state.step, jax.Array) and state.step.is_deleted():
+            raise ValueError(
+                "this state went into an earlier step, which took its arrays over; use the one it returned."
+            )
         self._objective.plan.check(state.params)
         if jax.tree.structure(state) != self._treedef:
             raise ValueError(
@@ -118,6 +127,19 @@ class TrainStep:
                 f"{jax.tree.structure(state[2:4])}. Pass the same tx, plan and loss_scale to create_train_state and "
                 "make_train_step."
             )
+
+    def _explain_placement(self, state: TrainState, cause: ValueError) -> None:
+        """Raises an error that names the first leaf of `state` that is not where the plan wants it, if there is one."""
+        expected = jax.tree.leaves(self._shardings)
+        for (path, x), sharding in zip(jax.tree_util.tree_leaves_with_path(state), expected, strict=True):
+            if isinstance(x, jax.Array) and not x.sharding.is_equivalent_to(sharding, x.ndim):
+                raise ValueError(
+                    f"the state's leaf {meshes.path_name(path)!r} {list(x.shape)} is laid out as {x.sharding}, "
+                    "the step's "
+                    f"plan wants {sharding}: it was made with another plan. Pass both the same plan, or place the "
+                    "state "
+                    "anew: create_train_state(state.params, tx, plan)."
+                ) from cause
 
 
 def make_train_step(
@@ -154,7 +176,7 @@ def make_train_step(
       `step(state, batch) -> (state, metrics)`, which donates `state`. `batch` is a pytree of arrays, the global batch
       leading: devices x micro-batches x rows. `metrics`: `loss`; `grad_norm` float32, before clipping and without the
       loss scale; `finite`, whether every gradient was; `skipped`, steps so far; `loss_scale`, the scale used, and
-      `at_minimum`, whether the next is the lowest there is, where there is one; `aux` with `has_aux`.
+      `at_minimum`, whether an overflow met a scale that can go no lower, where there is one; `aux` with `has_aux`.
 
     Raises:
       ValueError: batch rows are no multiple of devices x micro-batches; params do not match the plan; the loss is no
@@ -196,13 +218,9 @@ def make_train_step(
     def body(state: TrainState, batch: PyTree) -> tuple[TrainState, dict[str, Any]]:
         scale = None if state.loss_scale is None else state.loss_scale.scale
         out = objective.loss_and_grads(state.params, batch, sharded=plan.stage >= 1, scale=scale)
-        grads, norm = out.grads, out.norm
-        if scale is not None:
-            norm /= scale
-            grads = jax.tree.map(lambda g: (g.astype(jnp.float32) / scale).astype(g.dtype), grads)
-        params, opt_state = apply_sharded(tx, grads, state.opt_state, state.params)
+        params, opt_state = apply_sharded(tx, out.grads, state.opt_state, state.params)
         new = state._replace(step=state.step + 1, params=params, opt_state=opt_state)
-        metrics = {"loss": out.loss, "grad_norm": norm, "finite": out.finite}
+        metrics = {"loss": out.loss, "grad_norm": out.norm, "finite": out.finite}
         if loss_scale is not None:
             new, scale_metrics = _keep_if_overflowed(loss_scale, state, new, out.finite)
             metrics |= scale_metrics

@@ -6,6 +6,7 @@ import functools
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 
 from zerojax import meshes
@@ -39,7 +40,7 @@ def zero(inner: optax.GradientTransformation, plan: Plan) -> ZeroTransformation:
       plan: From `make_plan`; at stage 0 everything stays replicated.
 
     Returns:
-      An Optax transformation. `init` takes arrays or `ShapeDtypeStruct`s and gives the state in
+      An Optax transformation. `init` takes arrays, and `ShapeDtypeStruct`s where `inner` does, and gives the state in
       `plan.opt_state(inner)`; `update` takes gradients in any layout and gives updates laid out as the params are.
 
     Raises:
@@ -94,7 +95,7 @@ def zero(inner: optax.GradientTransformation, plan: Plan) -> ZeroTransformation:
         return jax.jit(f, out_shardings=plan.opt_state(inner))(jax.device_put(params, plan.params))
 
     def sharded_update(
-        updates: PyTree, state: PyTree, params: PyTree | None, **extra_args: Any
+        functions: dict[str, Any], updates: PyTree, state: PyTree, params: PyTree | None, arrays: dict[str, Any]
     ) -> tuple[PyTree, PyTree]:
         def body(
             updates: PyTree, state: PyTree, params: PyTree | None, arrays: dict[str, Any]
@@ -104,12 +105,10 @@ def zero(inner: optax.GradientTransformation, plan: Plan) -> ZeroTransformation:
                 params = meshes.constrain(params, plan.update_specs)
             return inner.update(updates, state, params, **arrays, **functions)
 
-        # On an Explicit mesh arrays have to enter as arguments; functions (L-BFGS's value_fn) cannot.
-        arrays = {k: v for k, v in extra_args.items() if not any(map(callable, jax.tree.leaves(v)))}
-        functions = {k: v for k, v in extra_args.items() if k not in arrays}
         return meshes.on_mesh(plan.mesh, body, (plan.param_specs, state_specs()))(updates, state, params, arrays)
 
-    jitted_update = jax.jit(sharded_update)
+    plain_update = functools.partial(sharded_update, {})
+    jitted_update = jax.jit(plain_update)
 
     def update(
         updates: PyTree, state: PyTree, params: PyTree | None = None, **extra_args: Any
@@ -117,8 +116,14 @@ def zero(inner: optax.GradientTransformation, plan: Plan) -> ZeroTransformation:
         plan.check(updates, "updates")
         if params is not None:
             plan.check(params)
-        run = sharded_update if _tracing((updates, state, params)) else jitted_update
-        return run(updates, state, params, **extra_args)
+        # On an Explicit mesh arrays have to enter as arguments; functions (L-BFGS's value_fn) cannot.
+        arrays = {k: v for k, v in extra_args.items() if all(map(_is_array, jax.tree.leaves(v)))}
+        functions = {k: v for k, v in extra_args.items() if k not in arrays}
+        tracing = _tracing((updates, state, params))
+        if functions:
+            run: Any = functools.partial(sharded_update, functions)
+            return (run if tracing else jax.jit(run))(updates, state, params, arrays)
+        return (plain_update if tracing else jitted_update)(updates, state, params, arrays)
 
     return ZeroTransformation(init, update, inner, plan)
 
@@ -132,9 +137,15 @@ def apply_sharded(tx: ZeroTransformation, grads: PyTree, state: PyTree, params: 
     """
     plan = tx.plan
     grads, shards = (meshes.constrain(tree, plan.update_specs) for tree in (grads, params))
-    updates, state = tx.inner.update(grads, state, shards)
+    updates, new_state = tx.inner.update(grads, state, shards)
+    # Gradients may be wider than the params that Optax took its state's dtypes from; what is stored keeps its dtype.
+    new_state = jax.tree.map(lambda new, old: new.astype(old.dtype), new_state, state)
     shards = meshes.constrain(optax.apply_updates(shards, updates), plan.update_specs)
-    return meshes.constrain(shards, plan.param_specs), state
+    return meshes.constrain(shards, plan.param_specs), new_state
+
+
+def _is_array(x: Any) -> bool:
+    return isinstance(x, jax.Array | np.ndarray | np.generic | int | float)
 
 
 def _tracing(tree: PyTree) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from flax import linen as nn
@@ -17,6 +17,7 @@ def gathered(
     dtype: Any = None,
     policy: Callable[..., bool] | None = None,
     prevent_cse: bool = True,
+    methods: Sequence[str] = ("__call__",),
 ) -> Callable[..., nn.Module]:
     """A Linen layer that gathers its params before it runs, and again in its backward pass, rather than keep them.
 
@@ -30,6 +31,7 @@ def gathered(
       policy: What the backward pass may keep, one of `jax.checkpoint_policies`; by default `zerojax.keep_expensive`:
         the gather and cheap arithmetic are done twice. `jax.checkpoint_policies.nothing_saveable` is `nn.remat`.
       prevent_cse: As in `nn.remat`: True where layers are unrolled, False under `nn.scan`, which needs no protection.
+      methods: Methods of `module_class` that the model calls from outside; each gathers for itself.
 
     Returns:
       A module constructor with `module_class`'s fields.
@@ -45,5 +47,6 @@ def gathered(
       {'params': {'bias': (4,), 'kernel': (2, 4)}}
     """
     # mutable=True lets the layer create its params below the map, in their own dtype.
-    mapped = nn.map_variables(module_class, "params", trans_in_fn=functools.partial(gather, dtype=dtype), mutable=True)
-    return nn.remat(mapped, policy=policy or keep_expensive, prevent_cse=prevent_cse)
+    whole = functools.partial(gather, dtype=dtype)
+    mapped = nn.map_variables(module_class, "params", trans_in_fn=whole, mutable=True, methods=methods)
+    return nn.remat(mapped, policy=policy or keep_expensive, prevent_cse=prevent_cse, methods=methods)
