@@ -13,6 +13,7 @@ import argparse
 import pathlib
 import statistics
 import sys
+import tempfile
 import time
 from typing import Any
 
@@ -25,16 +26,17 @@ import text
 import zerojax
 from zerojax import report
 
-CONFIG = gpt.GPTConfig(vocab=text.VOCAB, context=64, layers=4, heads=4, width=64)
-ROWS = 32
+CONFIG = gpt.GPTConfig(vocab=text.VOCAB, context=64, layers=2, heads=4, width=192)
+ROWS, ACCUMULATE = 32, 2  # with micro-batches stages 1 and 2 differ: in what gradients are summed in
+MIN_SIZE = 1024  # norms and the smaller biases stay whole: what that costs shows in the optimizer's column
 # Stages sum the same float32 numbers in another order. What that does to a loss grows with the steps: 1e-6 after a
 # hundred.
-TOLERANCE = 2e-5
+TOLERANCE = 1e-5
 
 
 def optimizer(steps: int) -> optax.GradientTransformation:
-    """AdamW as GPTs are trained with: warm-up, cosine, clipping."""
-    schedule = optax.warmup_cosine_decay_schedule(0.0, 3e-3, max(1, steps // 10), steps)
+    """AdamW as GPTs are trained with: warm-up, cosine, clipping; at a rate so stable that it amplifies no rounding."""
+    schedule = optax.warmup_cosine_decay_schedule(0.0, 1e-3, max(1, steps // 10), steps)
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=0.1))
 
 
@@ -42,16 +44,17 @@ def train(stage: int, mesh: jax.sharding.Mesh, data: np.ndarray, steps: int) -> 
     """Trains one stage; what it held, ran and lost."""
     model = gpt.GPT(CONFIG)
     init, loss_fn = gpt.make_init(model), gpt.make_loss(model)
-    plan = zerojax.make_plan(jax.eval_shape(init, jax.random.key(0)), mesh, stage=stage, min_size=256)
+    plan = zerojax.make_plan(jax.eval_shape(init, jax.random.key(0)), mesh, stage=stage, min_size=MIN_SIZE)
     tx = zerojax.zero(optimizer(steps), plan)
     state = zerojax.create_train_state(init, tx, plan, jax.random.key(0))
-    step = zerojax.make_train_step(loss_fn, tx, plan, layerwise=gpt.LAYERWISE)
+    options = {"accumulate": ACCUMULATE, "layerwise": gpt.LAYERWISE}
+    step = zerojax.make_train_step(loss_fn, tx, plan, **options)
     batch = lambda i: text.batch_at(data, i, rows=ROWS, tokens=CONFIG.context)
 
     start = time.perf_counter()
     compiled = step.lower(state, batch(0)).compile()
     compile_s = time.perf_counter() - start
-    _, grads = zerojax.value_and_grad(loss_fn, plan, layerwise=gpt.LAYERWISE)(state.params, batch(0))
+    _, grads = zerojax.value_and_grad(loss_fn, plan, **options)(state.params, batch(0))
     held = {"params": state.params, "gradients": grads, "optimizer": state.opt_state}
     held = {name: report.device_bytes(tree) for name, tree in held.items()}
     losses, times = [], []
@@ -122,6 +125,9 @@ def main() -> int:
     args = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", args.devices)
+    cache = tempfile.TemporaryDirectory()  # new at each run: a program is compiled once, and its time is a real one
+    jax.config.update("jax_compilation_cache_dir", cache.name)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     mesh = jax.make_mesh((args.devices,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     data = text.load().train
     params = jax.eval_shape(gpt.make_init(gpt.GPT(CONFIG)), jax.random.key(0))
