@@ -107,7 +107,8 @@ def markdown(results: list[dict[str, Any]], command: str) -> str:
         f"# A GPT's training step on {head['device']}, {datetime.date.today()}",
         "",
         f"`{command}`, jax {head['jax']}. float32 params, bfloat16 compute, AdamW behind a clip by global norm. "
-        f"Medians of {TIMED} steps after {WARM}. `plain`: benchmarks/plain_jax.py, no Flax, sharding constraints; it keeps "
+        f"Medians of {TIMED} steps after {WARM}. `plain`: benchmarks/plain_jax.py, no Flax, sharding constraints; "
+        "it keeps "
         "what JAX keeps for the backward pass, zerojax what `keep_expensive` does.",
         "",
         "| " + " | ".join(columns) + " |",

@@ -1,5 +1,4 @@
-"""A byte-level GPT of 0.8M params on Python's own documentation and source; learns to write plausible Python in
-minutes.
+"""A byte-level GPT of 0.8M params on Python's own documentation and source.
 
     python examples/train_gpt.py --config=configs/char_gpt.py --workdir=runs/char_gpt --config.zero.stage=3
 

@@ -1,4 +1,4 @@
-"""The GPT of 350M params that benchmarks/step.py times, on the same bytes: for GPUs.
+"""A GPT of 350M params on the same bytes, for GPUs. Its step on two H200s: benchmarks/results/.
 
 python examples/train_gpt.py --config=configs/gpt_350m.py --workdir=runs/gpt_350m --config.zero.stage=2
 """

@@ -2,8 +2,8 @@
 
     python examples/train_gpt.py --config=configs/char_gpt.py --workdir=runs/char_gpt --config.zero.stage=3
 
-Writes into the workdir: metrics.jsonl (a line each `log_every` steps), TensorBoard events, loss.png, sample.txt,
-  plan.txt.
+Writes into the workdir: metrics.jsonl (a line each `log_every` steps, the first one's times with compilation),
+TensorBoard events, loss.png, sample.txt, plan.txt.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ flags.mark_flags_as_required(["config", "workdir"])
 
 
 def make_optimizer(c: ml_collections.ConfigDict, steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """AdamW behind a clip by global norm; biases and norms are not decayed."""
+    """AdamW behind a clip by global norm; matrices are decayed, not biases, norms and positions."""
     schedule = optax.warmup_cosine_decay_schedule(0.0, c.learning_rate, min(c.warmup_steps, steps - 1), steps)
     matrices = lambda params: jax.tree_util.tree_map_with_path(
         lambda path, _: path[-1].key in ("kernel", "embedding"), params

@@ -6,8 +6,12 @@ import pathlib
 import subprocess
 import sys
 
+import jax
 import ml_collections
+import optax
 import pytest
+
+import zerojax
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem != "__init__")
@@ -55,3 +59,26 @@ def test_demo(tmp_path):
     out = run("examples/demo.py", "--steps=3", "--devices=4", f"--out={tmp_path}")
     assert "Measured" in out and "Planned" in out
     assert all((tmp_path / name).stat().st_size > 5000 for name in ("loss.png", "memory.png"))
+
+
+def test_demo_fails_where_a_loss_differs(tmp_path):
+    broken = "import demo, sys; demo.TOLERANCE = -1; sys.argv = ['demo', '--steps=2', '--devices=2', '--out=" + str(
+        tmp_path
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", broken + "']; sys.exit(demo.main())"],
+        cwd=ROOT / "examples",
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1 and "FAILED: 8 losses differ" in done.stderr
+
+
+@pytest.mark.parametrize("devices", [2, 8, 16])
+def test_state_of_a_gpt_is_shared_out_evenly(devices):
+    sys.path.insert(0, str(ROOT / "examples"))
+    gpt = importlib.import_module("gpt")
+    shapes = jax.eval_shape(gpt.make_init(gpt.GPT(gpt.SIZES["125M"])), jax.random.key(0))
+    mesh = jax.sharding.AbstractMesh((devices,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    held = [zerojax.make_plan(shapes, mesh, stage=s).memory(optax.adamw(1e-3)).opt_state for s in range(4)]
+    assert held[1] == held[2] == held[3] == pytest.approx(held[0] / devices, rel=0.02)

@@ -107,7 +107,7 @@ def test_gather_is_the_identity_on_whole_leaves():
 
 
 def test_a_shard_that_is_not_gathered_says_so():
-    shard = Shard(jnp.ones((2, 2)), "layers/kernel", -1, ("data",))
+    shard = Shard(jnp.ones((2, 2)), "layers/kernel", (2,), ("data",))
     with pytest.raises(TypeError, match=r"'layers/kernel' is named by layerwise.*zerojax\.gather"):
         jnp.ones((2, 2)) @ shard
 
@@ -121,11 +121,27 @@ def test_a_stack_cut_along_its_layers_cannot_be_gathered_by_layer():
         step(params, models.mlp_batches(1)[0])
 
 
+def test_evaluation_refuses_shards_that_are_not_gathered():
+    params = models.stack_params()
+    plan = zerojax.make_plan(params, models.mesh_of(8), stage=3, min_size=64)
+    penalty = lambda p, b: jnp.mean(b["y"]) + sum(jnp.sum(x**2) for x in jax.tree.leaves(p))
+    with pytest.raises(TypeError, match=r"shard of 'layers/\w+' in 'integer_pow'"):
+        zerojax.make_eval_step(penalty, plan, layerwise="^layers/")(params, models.mlp_batches(1)[0])
+
+
+def test_a_shard_that_was_reshaped_cannot_be_gathered():
+    params = {"w": jnp.arange(64.0).reshape(8, 8)}
+    plan = zerojax.make_plan(params, models.mesh_of(8), stage=3, min_size=1)
+    loss_fn = lambda p, b: jnp.sum(zerojax.gather(jax.tree.map(jnp.ravel, p["w"])) * jnp.arange(64.0))
+    with pytest.raises(ValueError, match="'w' was reshaped"):
+        zerojax.value_and_grad(loss_fn, plan, layerwise="w")(params, models.mlp_batches(1)[0])
+
+
 def test_keep_expensive_keeps_products_and_gathers_twice():
     mesh = models.mesh_of(8)
 
     def local(w1, w2, x):
-        layer = lambda w, x: jnp.tanh(x @ zerojax.gather(Shard(w, "w", -1, ("data",))))
+        layer = lambda w, x: jnp.tanh(x @ zerojax.gather(Shard(w, "w", w.shape[1:], ("data",))))
         layer = jax.checkpoint(layer, policy=zerojax.keep_expensive)
         return jax.grad(lambda w1, w2, x: jnp.sum(layer(w2, layer(w1, x))), argnums=(0, 1, 2))(w1, w2, x)
 

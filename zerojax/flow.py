@@ -12,7 +12,7 @@ from typing import Any
 from jax.extend.core import ClosedJaxpr, Jaxpr, Var
 
 # What makes another shard of a shard: picking a layer, or laying it out anew.
-_MOVES = frozenset("convert_element_type copy dynamic_slice gather reshape slice squeeze transpose".split())
+_MOVES = frozenset("convert_element_type copy dynamic_slice gather reshape slice squeeze".split())
 
 
 def first_misuse(jaxpr: Jaxpr, shards: dict[Var, str]) -> tuple[str, str] | None:

@@ -21,7 +21,7 @@ PyTree = Any
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["value"], meta_fields=["name", "dim", "axes", "wire_dtype"]
+    jax.tree_util.register_dataclass, data_fields=["value"], meta_fields=["name", "tail", "axes", "wire_dtype"]
 )
 @dataclasses.dataclass(frozen=True)
 class Shard:
@@ -30,14 +30,15 @@ class Shard:
     Attributes:
       value: The shard.
       name: Path of the param, for messages.
-      dim: The dim that is cut, counted from the last (-1), so that it survives the slicing of leading dims by a scan.
+      tail: Shape of the shard from the dim that is cut to its last. It survives the slicing of leading dims by a scan,
+        and so says where that dim is.
       axes: The mesh axes that it is cut over.
       wire_dtype: Dtype in which its gradient is reduced; None for the param's own.
     """
 
     value: jax.Array
     name: str
-    dim: int
+    tail: tuple[int, ...]
     axes: tuple[str, ...]
     wire_dtype: Any = None
 
@@ -75,14 +76,20 @@ def gather(tree: PyTree, *, dtype: Any = None) -> PyTree:
     def one(x: Any) -> Any:
         if not isinstance(x, Shard):
             return x
-        if x.value.ndim < -x.dim:
+        dim = x.value.ndim - len(x.tail)
+        if dim < 0:
             raise ValueError(
                 f"param {x.name!r} is sharded over its leading dim, which a scan slices: its layers are on different "
                 "devices. Make that dim smaller than another, or raise make_plan's min_size above the number of its "
                 "elements, or leave it out of layerwise."
             )
+        if x.value.shape[dim:] != x.tail:
+            raise ValueError(
+                f"param {x.name!r} was reshaped, to {x.value.shape} on each device, before it was gathered: gather it "
+                f"first. Only dims before the last {len(x.tail)} may be sliced."
+            )
         travels = dtype if dtype is not None and x.value.ndim >= 2 else x.value.dtype
-        return _all_gather(x.value, x.dim % x.value.ndim, x.axes, travels, x.wire_dtype)
+        return _all_gather(x.value, dim, x.axes, travels, x.wire_dtype)
 
     return jax.tree.map(one, tree, is_leaf=lambda x: isinstance(x, Shard))
 

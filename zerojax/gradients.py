@@ -57,7 +57,7 @@ class Objective:
     layerwise: Layerwise = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.accumulate, int) or self.accumulate < 1:
+        if not isinstance(self.accumulate, int | np.integer) or self.accumulate < 1:
             raise ValueError(
                 f"accumulate must be a whole number of micro-batches, at least 1, got {self.accumulate!r}."
             )
@@ -79,7 +79,8 @@ class Objective:
             if not shape:
                 raise ValueError(
                     f"batch: leaf {name!r} is a scalar; every leaf needs the rows of the global batch as its "
-                    "leading dim."
+                    "leading dim. "
+                    "A random key for dropout: pass jax.random.split(key, rows), and use its first in loss_fn."
                 )
             if shape[0] % parts or not shape[0]:
                 raise ValueError(
@@ -100,7 +101,9 @@ class Objective:
         """The loss and aux over the whole batch, without a gradient."""
 
         def local(params: PyTree, rows: PyTree) -> tuple[jax.Array, PyTree]:
-            return self._sum_values(*self._call(self._enter(params), rows))
+            entered = self._enter(params)
+            self._check_gathered(entered, rows)
+            return self._sum_values(*self._call(entered, rows))
 
         return self._over_devices(local, (PartitionSpec(), PartitionSpec()))(params, batch)
 
@@ -133,7 +136,8 @@ class Objective:
         run = self._over_devices(local, Result(scalar, scalar, grad_specs, scalar, scalar), scalar)
         result = run(params, batch, scale)
         solid = iter(result.grads)
-        grads = [next(solid) if _solid(leaf) else jnp.zeros(leaf.shape, leaf.dtype) for leaf in self.plan.leaves]
+        dtype = lambda leaf: leaf.dtype if scale is None else jnp.float32
+        grads = [next(solid) if _solid(leaf) else jnp.zeros(leaf.shape, dtype(leaf)) for leaf in self.plan.leaves]
         return result._replace(grads=self.plan.treedef.unflatten(grads))
 
     def _named_by_layerwise(self, leaf: Leaf) -> bool:
@@ -180,7 +184,7 @@ class Objective:
             if self.plan.stage < 3 or leaf.dim is None:
                 return x
             if self._by_layer(leaf):
-                return Shard(x, leaf.name, leaf.dim - len(leaf.shape), self.plan.axes, self.grad_dtype)
+                return Shard(x, leaf.name, x.shape[leaf.dim :], self.plan.axes, self.grad_dtype)
             return jax.lax.all_gather(x, self.plan.axes, axis=leaf.dim, tiled=True)
 
         return self.plan.treedef.unflatten(map(one, self.plan.leaves, self.plan.treedef.flatten_up_to(params)))
@@ -193,8 +197,9 @@ class Objective:
             if shards := [leaf.name for leaf in self.plan.leaves if self._by_layer(leaf)]:
                 e.add_note(
                     f"zerojax: {shards[0]!r} and {len(shards) - 1} other leaves named by layerwise enter loss_fn "
-                    "as shards; "
-                    "the model must gather them: zerojax.gather(params), or zerojax.nn.gathered(Layer)."
+                    "as shards. "
+                    "If that is the cause, gather them where they are used: zerojax.gather(params), or "
+                    "zerojax.nn.gathered(Layer)."
                 )
             raise
         if self.has_aux and not (isinstance(out, tuple) and len(out) == 2):
@@ -210,11 +215,11 @@ class Objective:
             )
         return loss.astype(jnp.promote_types(loss.dtype, jnp.float32)), aux
 
-    def _check_gathered(self, entered: list[Any], rows: PyTree) -> None:
+    def _check_gathered(self, entered: PyTree, rows: PyTree) -> None:
         """Raises `TypeError` where the loss function computes with a shard as if it were whole."""
         if not any(map(self._by_layer, self.plan.leaves)):
             return
-        jaxpr = jax.make_jaxpr(self._call)(self.plan.treedef.unflatten(entered), rows).jaxpr
+        jaxpr = jax.make_jaxpr(self._call)(entered, rows).jaxpr
         shards = {v: f.name for v, f in zip(jaxpr.invars, self.plan.leaves, strict=False) if self._by_layer(f)}
         if misuse := flow.first_misuse(jaxpr, shards):
             raise TypeError(
@@ -231,7 +236,6 @@ class Objective:
     def _local(self, params: PyTree, rows: PyTree, scale: jax.Array | None, sharded: bool) -> Result:
         """One device's part: its rows in micro-batches, the gradients of its solid leaves reduced over the devices."""
         entered = self.plan.treedef.flatten_up_to(self._enter(params))
-        self._check_gathered(entered, rows)
 
         def micro(rows: PyTree) -> tuple[jax.Array, PyTree, list[jax.Array]]:
             def scaled(solid: list[Any]) -> tuple[jax.Array, tuple[jax.Array, PyTree]]:
@@ -241,6 +245,7 @@ class Objective:
                 # Divided here and not after the sum over devices: it is free, and no float16 sum overflows.
                 return loss * ((1 if scale is None else scale) / self._parts), (loss, aux)
 
+            self._check_gathered(self.plan.treedef.unflatten(entered), rows)
             solid = [x for leaf, x in zip(self.plan.leaves, entered, strict=True) if _solid(leaf)]
             (_, (loss, aux)), grads = jax.value_and_grad(scaled, has_aux=True)(solid)
             return loss, aux, self._reduce_early(jax.tree.leaves(grads))
@@ -281,13 +286,13 @@ class Objective:
         whole = [i for i in left if i not in scattered]
         for i in scattered:
             grads[i] = self._scatter(leaves[i], grads[i])
-        wires = [grads[i].astype(self.grad_dtype or grads[i].dtype) for i in whole]
+        wires = [grads[i].astype(self.grad_dtype or leaves[i].dtype) for i in whole]
         for i, g in zip(whole, jax.lax.psum(wires, self.plan.axes), strict=True):
             grads[i] = g
         return [g.astype(leaf.dtype) for leaf, g in zip(leaves, grads, strict=True)]
 
     def _scatter(self, leaf: Leaf, g: jax.Array) -> jax.Array:
-        wire = g.astype(self.grad_dtype or g.dtype)
+        wire = g.astype(self.grad_dtype or leaf.dtype)
         return jax.lax.psum_scatter(wire, self.plan.axes, scatter_dimension=leaf.dim, tiled=True).astype(g.dtype)
 
     def _norm(self, grads: list[jax.Array], sharded: bool) -> tuple[jax.Array, jax.Array]:

@@ -22,6 +22,12 @@ def abstract(mesh: AnyMesh) -> AbstractMesh:
     return mesh.abstract_mesh if isinstance(mesh, Mesh) else mesh
 
 
+def check_devices(mesh: AnyMesh) -> None:
+    """Raises `ValueError` for a mesh that one can plan for but not run on."""
+    if not isinstance(mesh, Mesh):
+        raise ValueError(f"the plan was made for {mesh}, which has no devices: make it again with a jax.sharding.Mesh.")
+
+
 def shards(mesh: AnyMesh, entry: str | tuple[str, ...] | None) -> int:
     """How many shards one entry of a `PartitionSpec` cuts a dim into; 1 for `None`."""
     size = 1
@@ -52,6 +58,7 @@ def on_mesh(mesh: AnyMesh, f: Callable[..., PyTree], out_specs: PyTree) -> Calla
       A function to be called while tracing (inside `jax.jit`).
     """
 
+    @functools.wraps(f)
     def traced(*args: PyTree) -> PyTree:
         ambient = jax.sharding.get_abstract_mesh()
         if not ambient.empty and ambient.manual_axes:

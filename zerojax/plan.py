@@ -201,9 +201,10 @@ class Plan:
         return (leaf for leaf in self.leaves if leaf.dim is None)
 
     def check(self, params: PyTree, what: str = "params") -> None:
-        """Raises `ValueError` unless `params` has the structure and the shapes that were planned for."""
+        """Raises `ValueError` unless `params` has the planned structure, shapes and, but for updates, dtypes."""
         leaves, treedef = jax.tree.flatten(params)
         if treedef == self.treedef and all(np.shape(x) == f.shape for x, f in zip(leaves, self.leaves, strict=True)):
+            self._check_dtypes(leaves, what)
             return
         planned = {leaf.name: leaf.shape for leaf in self.leaves}
         came = {meshes.path_name(path): np.shape(x) for path, x in jax.tree_util.tree_leaves_with_path(params)}
@@ -218,6 +219,15 @@ class Plan:
         raise ValueError(
             f"{what} have the planned leaves in other containers: {treedef}, the plan has {self.treedef}; {hint}"
         )
+
+    def _check_dtypes(self, leaves: list[Any], what: str) -> None:
+        for x, leaf in zip(leaves, self.leaves, strict=True):
+            dtype = layout.shape_dtype(x, leaf.name)[1]
+            if what == "params" and dtype != leaf.dtype:
+                raise ValueError(
+                    f"{what}: leaf {leaf.name!r} has dtype {dtype}, the plan has {leaf.dtype}; make a plan from "
+                    "these params."
+                )
 
     def __str__(self) -> str:
         return self.table()
@@ -255,7 +265,7 @@ class Plan:
         lines = [
             f"ZeRO stage {self.stage} over {self.num_shards} devices (mesh axis {', '.join(self.axes)}): bytes on each",
             report.text_table(["leaf", "shape", "dtype", "sharded as", "params", "grads"], rows),
-            *(f"whole: {leaf.name}: {leaf.reason}" for leaf in self.unsharded()),
+            *(f"whole: {leaf.name}: {leaf.reason}" for leaf in self.unsharded() if self.stage),
         ]
         return "\n".join(lines if tx is None else [*lines, str(self.memory(tx))])
 
@@ -303,7 +313,7 @@ def make_plan(
       >>> plan.params["w"].spec
       P(None, 'data')
     """
-    if stage not in STAGES:
+    if isinstance(stage, bool | float) or stage not in STAGES:
         raise ValueError(f"stage must be one of {STAGES}, got {stage!r}.")
     if not isinstance(mesh, Mesh | AbstractMesh):
         raise TypeError(

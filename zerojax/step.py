@@ -67,31 +67,35 @@ def create_train_state(
       (0, (8, 4))
     """
     tx = zero(tx, plan)
+    meshes.check_devices(plan.mesh)
     specs = _state_specs(tx, plan, loss_scale)
 
-    def make(init: Callable[..., PyTree]) -> Callable[..., TrainState]:
-        def body(*args: Any) -> TrainState:
+    def make(init: Callable[..., PyTree], *args: Any, donate: tuple[int, ...] = ()) -> TrainState:
+        def create_train_state(*args: Any) -> TrainState:
             params = init(*args)
             plan.check(params)
+            params = jax.tree.map(lambda x: jnp.asarray(x, x.dtype), params)  # a Python number is weakly typed
             scale = None if loss_scale is None else loss_scale.init()
             return TrainState(jnp.int32(0), params, tx.inner.init(params), scale, jnp.int32(0))
 
-        return jax.jit(meshes.on_mesh(plan.mesh, body, specs), out_shardings=meshes.named(plan.mesh, specs))
+        run = meshes.on_mesh(plan.mesh, create_train_state, specs)
+        return jax.jit(run, out_shardings=meshes.named(plan.mesh, specs), donate_argnums=donate)(*args)
 
     if callable(params_or_init):
-        return make(params_or_init)(*args)
+        return make(params_or_init, *args)
     if args:
         raise TypeError(f"create_train_state got {len(args)} arguments for init, but params_or_init is no function.")
     plan.check(params_or_init)
     # Leaf by leaf, and by a copy that no layout can turn into an alias: the step donates what it is given.
     copy = lambda x, sharding: jax.jit(jnp.copy, out_shardings=sharding)(jax.device_put(x, sharding))
-    return make(lambda params: params)(jax.tree.map(copy, params_or_init, plan.params))
+    return make(lambda params: params, jax.tree.map(copy, params_or_init, plan.params), donate=(0,))
 
 
 class TrainStep:
     """What `make_train_step` returns: call it, or `lower` it to read the compiled program."""
 
     def __init__(self, run: Callable[..., Any], objective: Objective, state_specs: TrainState) -> None:
+        meshes.check_devices(objective.plan.mesh)
         self._objective = objective
         self._treedef: Any = jax.tree.structure(state_specs)
         self._shardings = shardings = meshes.named(objective.plan.mesh, state_specs)
@@ -104,19 +108,19 @@ class TrainStep:
         try:
             return self._run(state, batch)
         except ValueError as e:
-            self._explain_placement(state, e)
+            if "shard" in str(e).lower():
+                self._explain_placement(state, e)
             raise
 
     def lower(self, state: TrainState, batch: PyTree) -> jax.stages.Lowered:
         """As `jax.jit(...).lower`; arrays or `ShapeDtypeStruct`s."""
         self._check(state)
-        self._objective.check_batch(batch)
-        return self._run.lower(state, batch)
+        return self._run.lower(state, place_batch(self._objective, batch))
 
     def _check(self, state: TrainState) -> None:
         if not isinstance(state, TrainState):
             raise TypeError(f"step wants the TrainState of create_train_state, got {type(state).__name__}.")
-        if isinstance(state.step, jax.Array) and state.step.is_deleted():
+        if not isinstance(state.step, jax.core.Tracer | jax.ShapeDtypeStruct) and state.step.is_deleted():
             raise ValueError(
                 "this state went into an earlier step, which took its arrays over; use the one it returned."
             )
@@ -165,8 +169,8 @@ def make_train_step(
         micro-batches follow one another in it.
       has_aux: `loss_fn` returns `(loss, aux)`. Each array in `aux` is reduced as the loss is.
       reduce: "mean" or "sum" of the loss over devices and micro-batches.
-      grad_dtype: Dtype in which gradients are summed over devices; the params' own by default. Micro-batches are summed
-        in float32 whatever it is.
+      grad_dtype: Dtype in which gradients are summed over devices; each param's own by default. Micro-batches are
+        summed in float32 whatever it is.
       loss_scale: Multiplies the loss, and takes it out of the gradients in float32. A step with an overflow then
         changes nothing but the scale, and is counted.
       layerwise: At stage 3, a regex or predicate on leaf paths: leaves that the model gathers itself, layer by layer,
@@ -215,10 +219,10 @@ def make_train_step(
     )
     state_specs = _state_specs(tx, plan, loss_scale)
 
-    def body(state: TrainState, batch: PyTree) -> tuple[TrainState, dict[str, Any]]:
+    def train_step(state: TrainState, batch: PyTree) -> tuple[TrainState, dict[str, Any]]:
         scale = None if state.loss_scale is None else state.loss_scale.scale
         out = objective.loss_and_grads(state.params, batch, sharded=plan.stage >= 1, scale=scale)
-        params, opt_state = apply_sharded(tx, out.grads, state.opt_state, state.params)
+        params, opt_state = apply_sharded(tx, out.grads, state.opt_state, state.params, value=out.loss)
         new = state._replace(step=state.step + 1, params=params, opt_state=opt_state)
         metrics = {"loss": out.loss, "grad_norm": out.norm, "finite": out.finite}
         if loss_scale is not None:
@@ -226,7 +230,7 @@ def make_train_step(
             metrics |= scale_metrics
         return new, metrics | {"skipped": new.skipped} | ({"aux": out.aux} if has_aux else {})
 
-    return TrainStep(meshes.on_mesh(plan.mesh, body, (state_specs, PartitionSpec())), objective, state_specs)
+    return TrainStep(meshes.on_mesh(plan.mesh, train_step, (state_specs, PartitionSpec())), objective, state_specs)
 
 
 def make_eval_step(
@@ -247,11 +251,11 @@ def make_eval_step(
     """
     objective = Objective(loss_fn=loss_fn, plan=plan, has_aux=has_aux, reduce=reduce, layerwise=layerwise)
 
-    def body(params: PyTree, batch: PyTree) -> dict[str, Any]:
+    def eval_step(params: PyTree, batch: PyTree) -> dict[str, Any]:
         loss, aux = objective.loss(params, batch)
         return {"loss": loss} | ({"aux": aux} if has_aux else {})
 
-    run = jax.jit(meshes.on_mesh(plan.mesh, body, PartitionSpec()), in_shardings=(plan.params, None))
+    run = jax.jit(meshes.on_mesh(plan.mesh, eval_step, PartitionSpec()), in_shardings=(plan.params, None))
     return lambda params, batch: run(params, place_batch(objective, batch))
 
 
@@ -289,11 +293,13 @@ def value_and_grad(
         layerwise=layerwise,
     )
 
-    def body(params: PyTree, batch: PyTree) -> tuple[Any, PyTree]:
+    def value_and_grad(params: PyTree, batch: PyTree) -> tuple[Any, PyTree]:
         out = objective.loss_and_grads(params, batch, sharded=plan.stage >= 2)
         return ((out.loss, out.aux) if has_aux else out.loss), out.grads
 
-    run = jax.jit(meshes.on_mesh(plan.mesh, body, (PartitionSpec(), plan.grad_specs)))
+    run = jax.jit(
+        meshes.on_mesh(plan.mesh, value_and_grad, (PartitionSpec(), plan.grad_specs)), in_shardings=(plan.params, None)
+    )
     return lambda params, batch: run(params, place_batch(objective, batch))
 
 
@@ -328,7 +334,7 @@ def _keep_if_overflowed(
     before = old.loss_scale
     assert before is not None
     after = loss_scale.update(before, finite)
-    at_minimum = ~finite & (before.hysteresis == 1) & (after.scale == before.scale)
+    at_minimum = ~finite & (getattr(before, "hysteresis", 1) == 1) & (after.scale >= before.scale)
     state = TrainState(new.step, params, opt_state, after, old.skipped + ~finite)
     return state, {"loss_scale": before.scale, "at_minimum": at_minimum}
 

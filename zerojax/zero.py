@@ -89,6 +89,7 @@ def zero(inner: optax.GradientTransformation, plan: Plan) -> ZeroTransformation:
         f = meshes.on_mesh(plan.mesh, sharded_init, state_specs())
         if _tracing(params):
             return f(params)
+        meshes.check_devices(plan.mesh)
         # Eagerly, Optax would make the whole state on each device before it could be cut.
         if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(params)):
             return jax.jit(lambda: inner.init(params), out_shardings=plan.opt_state(inner))()
@@ -128,16 +129,19 @@ def zero(inner: optax.GradientTransformation, plan: Plan) -> ZeroTransformation:
     return ZeroTransformation(init, update, inner, plan)
 
 
-def apply_sharded(tx: ZeroTransformation, grads: PyTree, state: PyTree, params: PyTree) -> tuple[PyTree, PyTree]:
+def apply_sharded(
+    tx: ZeroTransformation, grads: PyTree, state: PyTree, params: PyTree, *, value: jax.Array
+) -> tuple[PyTree, PyTree]:
     """One optimizer step inside `meshes.on_mesh`: each device updates its shards of the params, which are then
     gathered.
 
     Cheaper than `tx.update` and `optax.apply_updates`: what travels is the params in their own dtype, and the addition
-      too is done once for each element and not on every device.
+      too is done once for each element and not on every device. `value` is the loss, for transformations that ask for
+      it.
     """
     plan = tx.plan
     grads, shards = (meshes.constrain(tree, plan.update_specs) for tree in (grads, params))
-    updates, new_state = tx.inner.update(grads, state, shards)
+    updates, new_state = tx.inner.update(grads, state, shards, value=value)
     # Gradients may be wider than the params that Optax took its state's dtypes from; what is stored keeps its dtype.
     new_state = jax.tree.map(lambda new, old: new.astype(old.dtype), new_state, state)
     shards = meshes.constrain(optax.apply_updates(shards, updates), plan.update_specs)
