@@ -99,7 +99,13 @@ class TrainStep:
         self._objective = objective
         self._treedef: Any = jax.tree.structure(state_specs)
         self._shardings = shardings = meshes.named(objective.plan.mesh, state_specs)
-        self._run = jax.jit(run, donate_argnums=0, in_shardings=(shardings, None), out_shardings=(shardings, None))
+        self._run = jax.jit(
+            run,
+            donate_argnums=0,
+            in_shardings=(shardings, None),
+            out_shardings=(shardings, None),
+            compiler_options=meshes.compiler_options(objective.plan.mesh),
+        )
 
     def __call__(self, state: TrainState, batch: PyTree) -> tuple[TrainState, dict[str, Any]]:
         """One optimizer step; `state` is donated: use the one returned."""
@@ -255,7 +261,11 @@ def make_eval_step(
         loss, aux = objective.loss(params, batch)
         return {"loss": loss} | ({"aux": aux} if has_aux else {})
 
-    run = jax.jit(meshes.on_mesh(plan.mesh, eval_step, PartitionSpec()), in_shardings=(plan.params, None))
+    run = jax.jit(
+        meshes.on_mesh(plan.mesh, eval_step, PartitionSpec()),
+        in_shardings=(plan.params, None),
+        compiler_options=meshes.compiler_options(plan.mesh),
+    )
     return lambda params, batch: run(params, place_batch(objective, batch))
 
 
@@ -298,7 +308,9 @@ def value_and_grad(
         return ((out.loss, out.aux) if has_aux else out.loss), out.grads
 
     run = jax.jit(
-        meshes.on_mesh(plan.mesh, value_and_grad, (PartitionSpec(), plan.grad_specs)), in_shardings=(plan.params, None)
+        meshes.on_mesh(plan.mesh, value_and_grad, (PartitionSpec(), plan.grad_specs)),
+        in_shardings=(plan.params, None),
+        compiler_options=meshes.compiler_options(plan.mesh),
     )
     return lambda params, batch: run(params, place_batch(objective, batch))
 
