@@ -22,6 +22,11 @@ def abstract(mesh: AnyMesh) -> AbstractMesh:
     return mesh.abstract_mesh if isinstance(mesh, Mesh) else mesh
 
 
+def tracing(tree: PyTree) -> bool:
+    """Whether a tree holds tracers, that is, whether the caller is inside a transformation."""
+    return any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tree))
+
+
 def check_devices(mesh: AnyMesh) -> None:
     """Raises `ValueError` for a mesh that one can plan for but not run on."""
     if not isinstance(mesh, Mesh):

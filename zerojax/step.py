@@ -99,6 +99,7 @@ class TrainStep:
         self._objective = objective
         self._treedef: Any = jax.tree.structure(state_specs)
         self._shardings = shardings = meshes.named(objective.plan.mesh, state_specs)
+        self._traced = run  # options of the compiler are the outermost jit's alone
         self._run = jax.jit(
             run,
             donate_argnums=0,
@@ -111,6 +112,8 @@ class TrainStep:
         """One optimizer step; `state` is donated: use the one returned."""
         self._check(state)
         batch = place_batch(self._objective, batch)
+        if meshes.tracing((state, batch)):
+            return self._traced(state, batch)
         try:
             return self._run(state, batch)
         except ValueError as e:
@@ -261,12 +264,7 @@ def make_eval_step(
         loss, aux = objective.loss(params, batch)
         return {"loss": loss} | ({"aux": aux} if has_aux else {})
 
-    run = jax.jit(
-        meshes.on_mesh(plan.mesh, eval_step, PartitionSpec()),
-        in_shardings=(plan.params, None),
-        compiler_options=meshes.compiler_options(plan.mesh),
-    )
-    return lambda params, batch: run(params, place_batch(objective, batch))
+    return _jitted(meshes.on_mesh(plan.mesh, eval_step, PartitionSpec()), objective)
 
 
 def value_and_grad(
@@ -307,12 +305,19 @@ def value_and_grad(
         out = objective.loss_and_grads(params, batch, sharded=plan.stage >= 2)
         return ((out.loss, out.aux) if has_aux else out.loss), out.grads
 
-    run = jax.jit(
-        meshes.on_mesh(plan.mesh, value_and_grad, (PartitionSpec(), plan.grad_specs)),
-        in_shardings=(plan.params, None),
-        compiler_options=meshes.compiler_options(plan.mesh),
-    )
-    return lambda params, batch: run(params, place_batch(objective, batch))
+    return _jitted(meshes.on_mesh(plan.mesh, value_and_grad, (PartitionSpec(), plan.grad_specs)), objective)
+
+
+def _jitted(traced: Callable[..., Any], objective: Objective) -> Callable[[PyTree, PyTree], Any]:
+    """A function of params and a batch, jitted where it is not inside a transformation already."""
+    plan = objective.plan
+    jitted = jax.jit(traced, in_shardings=(plan.params, None), compiler_options=meshes.compiler_options(plan.mesh))
+
+    def run(params: PyTree, batch: PyTree) -> Any:
+        batch = place_batch(objective, batch)
+        return (traced if meshes.tracing((params, batch)) else jitted)(params, batch)
+
+    return run
 
 
 def place_batch(objective: Objective, batch: PyTree) -> PyTree:

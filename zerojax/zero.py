@@ -87,7 +87,7 @@ def zero(inner: optax.GradientTransformation, plan: Plan) -> ZeroTransformation:
             return inner.init(meshes.constrain(params, plan.update_specs))
 
         f = meshes.on_mesh(plan.mesh, sharded_init, state_specs())
-        if _tracing(params):
+        if meshes.tracing(params):
             return f(params)
         meshes.check_devices(plan.mesh)
         # Eagerly, Optax would make the whole state on each device before it could be cut.
@@ -120,7 +120,7 @@ def zero(inner: optax.GradientTransformation, plan: Plan) -> ZeroTransformation:
         # On an Explicit mesh arrays have to enter as arguments; functions (L-BFGS's value_fn) cannot.
         arrays = {k: v for k, v in extra_args.items() if all(map(_is_array, jax.tree.leaves(v)))}
         functions = {k: v for k, v in extra_args.items() if k not in arrays}
-        tracing = _tracing((updates, state, params))
+        tracing = meshes.tracing((updates, state, params))
         if functions:
             run: Any = functools.partial(sharded_update, functions)
             return (run if tracing else jax.jit(run))(updates, state, params, arrays)
@@ -150,7 +150,3 @@ def apply_sharded(
 
 def _is_array(x: Any) -> bool:
     return isinstance(x, jax.Array | np.ndarray | np.generic | int | float)
-
-
-def _tracing(tree: PyTree) -> bool:
-    return any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tree))
