@@ -213,6 +213,14 @@ def test_state_is_planned_on_a_mesh_one_does_not_have():
     assert plan.opt_state(optax.adam(1e-3))[0].mu["w"].spec == PartitionSpec("data", None)
 
 
+def stepped(tx, params, state):
+    """Params and state after STEPS updates in a user's own jit."""
+    for i in range(STEPS):
+        updates, state = jax.jit(tx.update)(grads_of(i), state, params)
+        params = optax.apply_updates(params, updates)
+    return params, state
+
+
 @pytest.mark.parametrize("stage", [0, 2])
 def test_the_other_stages(stage):
     _, want, _ = plain("clip adamw schedule")
@@ -220,9 +228,7 @@ def test_the_other_stages(stage):
     tx = zerojax.zero(TRANSFORMATIONS["clip adamw schedule"](), plan)
     params = placed(params_of_every_kind(), plan.params)
     state = tx.init(params)
-    for i in range(STEPS):
-        updates, state = jax.jit(tx.update)(grads_of(i), state, params)
-        params = optax.apply_updates(params, updates)
+    params, state = stepped(tx, params, state)
     assert_same_values(params, want)
     held = optax.tree.get(state, "mu")["wide"]["kernel"].addressable_shards[0].data.size
     assert held == 16 * 24 // (8 if stage else 1)
@@ -294,9 +300,7 @@ def test_under_a_mesh_that_the_caller_has_set(axis_type):
     with jax.set_mesh(plan.mesh):
         params = placed(params_of_every_kind(), plan.params)
         state = tx.init(params)
-        for i in range(STEPS):
-            updates, state = jax.jit(tx.update)(grads_of(i), state, params)
-            params = optax.apply_updates(params, updates)
+        params, _ = stepped(tx, params, state)
     assert_same_values(params, want)
 
 
@@ -473,9 +477,7 @@ def test_zero_inside_other_transformations():
 
     def train(tx, params):
         state = tx.init(params)
-        for i in range(STEPS):
-            updates, state = jax.jit(tx.update)(grads_of(i), state, params)
-            params = optax.apply_updates(params, updates)
+        params, _ = stepped(tx, params, state)
         return params, state
 
     chain = lambda tx: optax.chain(optax.clip_by_global_norm(0.5), tx, optax.scale(0.5))

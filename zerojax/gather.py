@@ -1,9 +1,9 @@
 """Params gathered where a layer uses them: what `layerwise` leaves are inside a loss function at stage 3.
 
 A leaf that the model gathers itself enters the loss function as a `Shard`: the device's part of the array, and which
-  dim it is a part of. `jax.lax.scan`, `nn.scan` and indexing go through it to the array inside, so a stack of layers
-  scans as ever, and `gather` in the scan's body makes one layer whole. The transpose of the gather is a reduce-scatter,
-  so gradients come back as shards, by construction.
+dim it is a part of. `jax.lax.scan`, `nn.scan` and indexing go through it to the array inside, so a stack of layers
+scans as ever, and `gather` in the scan's body makes one layer whole. The transpose of the gather is a reduce-scatter,
+so gradients come back as shards, by construction.
 """
 
 from __future__ import annotations
@@ -104,8 +104,7 @@ _CHEAP = frozenset(
 
 
 def keep_expensive(prim: Any, *_: Any, **params: Any) -> bool:
-    """A policy for `jax.checkpoint`: the backward pass gathers params again, and redoes arithmetic that costs less than
-    its result.
+    """A policy for `jax.checkpoint`: the backward pass gathers params again, and redoes what is cheaper than to keep.
 
     Kept are the results of matrix products, convolutions, attention kernels and whatever else is not known to be cheap.
     It is the default of `zerojax.nn.gathered`; a layer of plain JAX says it itself.

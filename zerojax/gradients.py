@@ -78,15 +78,14 @@ class Objective:
             name, shape = meshes.path_name(path), np.shape(x)
             if not shape:
                 raise ValueError(
-                    f"batch: leaf {name!r} is a scalar; every leaf needs the rows of the global batch as its "
-                    "leading dim. "
-                    "A random key for dropout: pass jax.random.split(key, rows), and use its first in loss_fn."
+                    f"batch: leaf {name!r} is a scalar; every leaf needs the rows of the global batch as its leading "
+                    "dim. A random key for dropout: pass jax.random.split(key, rows), and use its first in loss_fn."
                 )
             if shape[0] % parts or not shape[0]:
                 raise ValueError(
-                    f"batch: leaf {name!r} {list(shape)} has {shape[0]} rows, no multiple of "
-                    f"{self.plan.num_shards} devices "
-                    f"on mesh axis {self.plan.axis!r} x {self.accumulate} micro-batches = {parts}: drop or pad rows."
+                    f"batch: leaf {name!r} {list(shape)} has {shape[0]} rows, no multiple of {self.plan.num_shards} "
+                    f"devices on mesh axis {self.plan.axis!r} x {self.accumulate} micro-batches = {parts}: drop or "
+                    "pad rows."
                 )
             rows.setdefault(shape[0], name)
         if len(rows) > 1:
@@ -123,8 +122,7 @@ class Objective:
             if not jnp.issubdtype(leaf.dtype, jnp.floating):
                 raise TypeError(
                     f"params: leaf {leaf.name!r} has dtype {leaf.dtype}, which has no gradient; close over it in "
-                    "loss_fn, "
-                    "or put it in the batch."
+                    "loss_fn, or put it in the batch."
                 )
 
         def local(params: PyTree, rows: PyTree, scale: jax.Array | None) -> Result:
@@ -178,9 +176,8 @@ class Objective:
 
         def one(leaf: Leaf, x: jax.Array) -> Any:
             if not _solid(leaf):
-                return jnp.zeros(
-                    leaf.shape, leaf.dtype
-                )  # jaxlib 0.11 crashes on a CPU where an empty argument is summed
+                # jaxlib 0.11 crashes on a CPU where an empty argument is summed.
+                return jnp.zeros(leaf.shape, leaf.dtype)
             if self.plan.stage < 3 or leaf.dim is None:
                 return x
             if self._by_layer(leaf):
@@ -196,9 +193,8 @@ class Objective:
         except Exception as e:
             if shards := [leaf.name for leaf in self.plan.leaves if self._by_layer(leaf)]:
                 e.add_note(
-                    f"zerojax: {shards[0]!r} and {len(shards) - 1} other leaves named by layerwise enter loss_fn "
-                    "as shards. "
-                    "If that is the cause, gather them where they are used: zerojax.gather(params), or "
+                    f"zerojax: {shards[0]!r} and {len(shards) - 1} other leaves named by layerwise enter loss_fn as "
+                    "shards. If that is the cause, gather them where they are used: zerojax.gather(params), or "
                     "zerojax.nn.gathered(Layer)."
                 )
             raise
@@ -210,8 +206,7 @@ class Objective:
             came = f"{loss.dtype}{list(jnp.shape(loss))}" if hasattr(loss, "dtype") else type(loss).__name__
             raise ValueError(
                 f"loss_fn must return a floating scalar, got {came}: take the mean over its rows; if it returns "
-                "(loss, aux), "
-                "pass has_aux=True."
+                "(loss, aux), pass has_aux=True."
             )
         return loss.astype(jnp.promote_types(loss.dtype, jnp.float32)), aux
 
@@ -223,9 +218,9 @@ class Objective:
         shards = {v: f.name for v, f in zip(jaxpr.invars, self.plan.leaves, strict=False) if self._by_layer(f)}
         if misuse := flow.first_misuse(jaxpr, shards):
             raise TypeError(
-                f"loss_fn uses one device's shard of {misuse[0]!r} in {misuse[1]!r} as if it were whole: "
-                "layerwise names "
-                "that leaf, so gather it first, by zerojax.gather or zerojax.nn.gathered, or leave it out of layerwise."
+                f"loss_fn uses one device's shard of {misuse[0]!r} in {misuse[1]!r} as if it were whole: layerwise "
+                "names that leaf, so gather it first, by zerojax.gather or zerojax.nn.gathered, or leave it out of "
+                "layerwise."
             )
 
     def _sum_values(self, loss: jax.Array, aux: PyTree) -> tuple[jax.Array, PyTree]:

@@ -336,10 +336,9 @@ def make_plan(
         sharded, dim, reason = layout.shard_spec(shape, whole, axes if len(axes) > 1 else axes[0], size, min_size)
         if strict and stage and dim is None and math.prod(shape) >= max(min_size, 1):
             raise ValueError(
-                f"leaf {name!r} {list(shape)} cannot be sharded over mesh axis {axis!r} of {size} devices: "
-                f"{reason}. Pad one of its dims "
-                f"to a multiple of {size}, raise min_size above {math.prod(shape)}, or pass strict=False to keep "
-                "it whole."
+                f"leaf {name!r} {list(shape)} cannot be sharded over mesh axis {axis!r} of {size} devices: {reason}. "
+                f"Pad one of its dims to a multiple of {size}, raise min_size above {math.prod(shape)}, or pass "
+                "strict=False to keep it whole."
             )
         leaves.append(Leaf(name=name, shape=shape, dtype=dtype, whole=whole, sharded=sharded, dim=dim, reason=reason))
     return Plan(mesh=mesh, stage=stage, axes=axes, leaves=tuple(leaves), treedef=treedef, min_size=min_size)

@@ -147,11 +147,9 @@ class TrainStep:
         for (path, x), sharding in zip(jax.tree_util.tree_leaves_with_path(state), expected, strict=True):
             if isinstance(x, jax.Array) and not x.sharding.is_equivalent_to(sharding, x.ndim):
                 raise ValueError(
-                    f"the state's leaf {meshes.path_name(path)!r} {list(x.shape)} is laid out as {x.sharding}, "
-                    "the step's "
-                    f"plan wants {sharding}: it was made with another plan. Pass both the same plan, or place the "
-                    "state "
-                    "anew: create_train_state(state.params, tx, plan)."
+                    f"the state's leaf {meshes.path_name(path)!r} {list(x.shape)} is laid out as {x.sharding}, the "
+                    f"step's plan wants {sharding}: it was made with another plan. Pass both the same plan, or place "
+                    "the state anew: create_train_state(state.params, tx, plan)."
                 ) from cause
 
 
@@ -332,9 +330,8 @@ def place_batch(objective: Objective, batch: PyTree) -> PyTree:
             return x
         if jax.process_count() > 1:
             raise ValueError(
-                f"batch: leaf {meshes.path_name(path)!r} is local to one of {jax.process_count()} processes; "
-                "build global arrays, with "
-                "jax.make_array_from_process_local_data(plan.batch, rows) for instance."
+                f"batch: leaf {meshes.path_name(path)!r} is local to one of {jax.process_count()} processes; build "
+                "global arrays, with jax.make_array_from_process_local_data(plan.batch, rows) for instance."
             )
         return jax.device_put(x, sharding)
 

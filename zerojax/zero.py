@@ -132,12 +132,10 @@ def zero(inner: optax.GradientTransformation, plan: Plan) -> ZeroTransformation:
 def apply_sharded(
     tx: ZeroTransformation, grads: PyTree, state: PyTree, params: PyTree, *, value: jax.Array
 ) -> tuple[PyTree, PyTree]:
-    """One optimizer step inside `meshes.on_mesh`: each device updates its shards of the params, which are then
-    gathered.
+    """One optimizer step, inside `meshes.on_mesh`: devices update their shards of the params, then gather them.
 
     Cheaper than `tx.update` and `optax.apply_updates`: what travels is the params in their own dtype, and the addition
-      too is done once for each element and not on every device. `value` is the loss, for transformations that ask for
-      it.
+    too is done once for each element and not on every device. `value` is the loss, for transformations that ask for it.
     """
     plan = tx.plan
     grads, shards = (meshes.constrain(tree, plan.update_specs) for tree in (grads, params))
