@@ -1,6 +1,7 @@
 """`gather` and `nn.gathered`: the same numbers whether a layer's params come whole or in shards."""
 
 import functools
+import math
 import re
 
 import jax
@@ -96,7 +97,8 @@ def test_weights_travel_in_the_compute_dtype_and_gradients_in_float32():
     gathers = re.findall(r"stablehlo.all_gather.*?-> tensor<([^>]*)>", text)
     scatters = re.findall(r"stablehlo.reduce_scatter.*?\}\) : \(tensor<([^>]*)>", text, re.DOTALL)
     # Two matrices of a layer, forward and backward; the table, looked up once and multiplied forward and backward.
-    assert sum(g in ("16x32xbf16", "32x16xbf16") for g in gathers) == 4 + 3
+    sizes = [math.prod(map(int, g.split("x")[:-1])) for g in gathers if g.endswith("xbf16")]
+    assert sum(sizes) == 2 * (2 * 16 * 32) + 3 * 32 * 16
     assert scatters and all(s.endswith("f32") for s in scatters)
 
 
@@ -135,6 +137,37 @@ def test_a_shard_that_was_reshaped_cannot_be_gathered():
     loss_fn = lambda p, b: jnp.sum(zerojax.gather(jax.tree.map(jnp.ravel, p["w"])) * jnp.arange(64.0))
     with pytest.raises(ValueError, match="'w' was reshaped"):
         zerojax.value_and_grad(loss_fn, plan, layerwise="w")(params, models.mlp_batches(1)[0])
+
+
+@pytest.mark.parametrize("combine", [False, True])
+def test_leaves_travel_in_one_collective_or_in_one_each(combine):
+    mesh, rng = models.mesh_of(8), np.random.default_rng(0)
+    shapes = {"a": ((8, 24), 1), "b": ((16, 8, 3), 0), "c": ((40,), 0), "half": ((8, 8), 1)}  # and which dim is cut
+    specs = {name: jax.P(*[None] * dim, "data") for name, (_, dim) in shapes.items()}
+    whole = {name: rng.standard_normal(shape).astype("float32") for name, (shape, _) in shapes.items()}
+    whole["half"] = whole["half"].astype(jnp.bfloat16)
+    weights = {name: rng.standard_normal((8, *x.shape)).astype("float32") for name, x in whole.items()}
+
+    def local(params, weights):
+        def loss(params):
+            shards = {k: Shard(x, k, x.shape[shapes[k][1] :], ("data",), None, combine) for k, x in params.items()}
+            gathered = zerojax.gather(shards)
+            return sum(jnp.sum(gathered[k] * weights[k][0]) for k in params), gathered
+
+        (_, gathered), grads = jax.value_and_grad(loss, has_aux=True)(params)
+        return gathered, grads
+
+    run = jax.shard_map(local, mesh=mesh, in_specs=(specs, jax.P("data")), out_specs=(jax.P(), specs), check_vma=False)
+    gathered, grads = jax.jit(run)(whole, weights)
+    jax.tree.map(np.testing.assert_array_equal, gathered, whole)
+    want = jax.tree.map(lambda w: w.astype("float64").sum(0), weights)
+    half = grads.pop("half"), want.pop("half")
+    # Eight float32 numbers near 1 are summed; eight bfloat16 ones keep eight bits.
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), grads, want)
+    np.testing.assert_allclose(np.asarray(half[0]).astype("float64"), half[1], rtol=2e-2, atol=5e-2)
+    text = jax.jit(run).lower(whole, weights).as_text()
+    assert len(re.findall("stablehlo.all_gather", text)) == (2 if combine else 4)  # float32 and bfloat16, or each leaf
+    assert len(re.findall("stablehlo.reduce_scatter", text)) == (2 if combine else 4)
 
 
 def test_keep_expensive_keeps_products_and_gathers_twice():

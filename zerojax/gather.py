@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from zerojax.flow import gathers
 
@@ -21,7 +23,9 @@ PyTree = Any
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["value"], meta_fields=["name", "tail", "axes", "wire_dtype"]
+    jax.tree_util.register_dataclass,
+    data_fields=["value"],
+    meta_fields=["name", "tail", "axes", "wire_dtype", "combine"],
 )
 @dataclasses.dataclass(frozen=True)
 class Shard:
@@ -34,6 +38,7 @@ class Shard:
         and so says where that dim is.
       axes: The mesh axes that it is cut over.
       wire_dtype: Dtype in which its gradient is reduced; None for the param's own.
+      combine: Whether shards that `gather` gets together travel in one collective. XLA does so by itself on a GPU.
     """
 
     value: jax.Array
@@ -41,6 +46,24 @@ class Shard:
     tail: tuple[int, ...]
     axes: tuple[str, ...]
     wire_dtype: Any = None
+    combine: bool = False
+
+    @property
+    def dim(self) -> int:
+        """Which dim is cut, now that a scan may have sliced leading ones."""
+        dim = self.value.ndim - len(self.tail)
+        if dim < 0:
+            raise ValueError(
+                f"param {self.name!r} is sharded over its leading dim, which a scan slices: its layers are on "
+                "different devices. Make that dim smaller than another, or raise make_plan's min_size above the "
+                "number of its elements, or leave it out of layerwise."
+            )
+        if self.value.shape[dim:] != self.tail:
+            raise ValueError(
+                f"param {self.name!r} was reshaped, to {self.value.shape} on each device, before it was gathered: "
+                f"gather it first. Only dims before the last {len(self.tail)} may be sliced."
+            )
+        return dim
 
     def __jax_array__(self) -> jax.Array:
         raise TypeError(
@@ -73,25 +96,19 @@ def gather(tree: PyTree, *, dtype: Any = None) -> PyTree:
       (2, 2)
     """
 
-    def one(x: Any) -> Any:
-        if not isinstance(x, Shard):
-            return x
-        dim = x.value.ndim - len(x.tail)
-        if dim < 0:
-            raise ValueError(
-                f"param {x.name!r} is sharded over its leading dim, which a scan slices: its layers are on different "
-                "devices. Make that dim smaller than another, or raise make_plan's min_size above the number of its "
-                "elements, or leave it out of layerwise."
-            )
-        if x.value.shape[dim:] != x.tail:
-            raise ValueError(
-                f"param {x.name!r} was reshaped, to {x.value.shape} on each device, before it was gathered: gather it "
-                f"first. Only dims before the last {len(x.tail)} may be sliced."
-            )
-        travels = dtype if dtype is not None and x.value.ndim >= 2 else x.value.dtype
-        return _all_gather(x.value, dim, x.axes, travels, x.wire_dtype)
-
-    return jax.tree.map(one, tree, is_leaf=lambda x: isinstance(x, Shard))
+    leaves, treedef = jax.tree.flatten(tree, is_leaf=lambda x: isinstance(x, Shard))
+    together: dict[Any, list[int]] = {}
+    for i, x in enumerate(leaves):
+        if isinstance(x, Shard):
+            travels = dtype if dtype is not None and x.value.ndim >= 2 else x.value.dtype
+            how = x.axes, jnp.dtype(travels), x.wire_dtype
+            together.setdefault((how, None if x.combine else i), []).append(i)
+    for (how, _), members in together.items():
+        shards = [leaves[i] for i in members]
+        whole = _gather([x.value for x in shards], tuple(x.dim for x in shards), *how)
+        for i, x in zip(members, whole, strict=True):
+            leaves[i] = x
+    return treedef.unflatten(leaves)
 
 
 # Elementwise arithmetic, sums, and moves of data: cheaper to do again than to write and read. Comparisons are not among
@@ -118,20 +135,61 @@ def keep_expensive(prim: Any, *_: Any, **params: Any) -> bool:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
-def _all_gather(x: jax.Array, dim: int, axes: tuple[str, ...], dtype: Any, wire_dtype: Any) -> jax.Array:
-    return jax.lax.all_gather(x.astype(dtype), axes, axis=dim, tiled=True)
+def _gather(
+    shards: list[jax.Array], dims: tuple[int, ...], axes: tuple[str, ...], dtype: Any, wire_dtype: Any
+) -> list[jax.Array]:
+    return _all_gather([x.astype(dtype) for x in shards], dims, axes)
 
 
-def _all_gather_fwd(x: jax.Array, *static: Any) -> tuple[jax.Array, jax.Array]:
-    return _all_gather(x, *static), jnp.zeros((), x.dtype)
+def _gather_fwd(shards: list[jax.Array], *static: Any) -> tuple[list[jax.Array], list[jax.Array]]:
+    return _gather(shards, *static), [jnp.zeros((), x.dtype) for x in shards]
 
 
-def _all_gather_bwd(
-    dim: int, axes: tuple[str, ...], dtype: Any, wire_dtype: Any, like: jax.Array, ct: jax.Array
-) -> tuple[jax.Array]:
+def _gather_bwd(
+    dims: tuple[int, ...],
+    axes: tuple[str, ...],
+    dtype: Any,
+    wire_dtype: Any,
+    likes: list[jax.Array],
+    cts: list[jax.Array],
+) -> tuple[list[jax.Array]]:
     # Not the transpose of the cast: devices are summed in the param's precision even where bfloat16 travelled forth.
-    ct = ct.astype(wire_dtype or like.dtype)
-    return (jax.lax.psum_scatter(ct, axes, scatter_dimension=dim, tiled=True).astype(like.dtype),)
+    wires = [ct.astype(wire_dtype or like.dtype) for ct, like in zip(cts, likes, strict=True)]
+    return ([x.astype(like.dtype) for x, like in zip(_psum_scatter(wires, dims, axes), likes, strict=True)],)
 
 
-_all_gather.defvjp(_all_gather_fwd, _all_gather_bwd)
+_gather.defvjp(_gather_fwd, _gather_bwd)
+
+
+def _all_gather(shards: Sequence[jax.Array], dims: Sequence[int], axes: tuple[str, ...]) -> list[jax.Array]:
+    """Whole arrays from shards of one dtype, in one collective."""
+    if len(shards) == 1:
+        return [jax.lax.all_gather(shards[0], axes, axis=dims[0], tiled=True)]
+    parts = jax.lax.all_gather(jnp.concatenate([x.ravel() for x in shards]), axes)  # [devices, elements of all]
+    cuts = np.cumsum([x.size for x in shards])[:-1]
+    return [
+        _joined(part.reshape(-1, *x.shape), dim)
+        for part, x, dim in zip(jnp.split(parts, cuts, axis=1), shards, dims, strict=True)
+    ]
+
+
+def _psum_scatter(xs: Sequence[jax.Array], dims: Sequence[int], axes: tuple[str, ...]) -> list[jax.Array]:
+    """Sums over devices, each device its shard, of arrays of one dtype, in one collective."""
+    if len(xs) == 1:
+        return [jax.lax.psum_scatter(xs[0], axes, scatter_dimension=dims[0], tiled=True)]
+    devices = jax.lax.axis_size(axes)
+    parts = [_parted(x, dim, devices) for x, dim in zip(xs, dims, strict=True)]
+    flat = jnp.concatenate([x.reshape(devices, -1) for x in parts], axis=1)
+    sums = jnp.split(jax.lax.psum_scatter(flat, axes), np.cumsum([x[0].size for x in parts])[:-1])
+    return [x.reshape(part.shape[1:]) for x, part in zip(sums, parts, strict=True)]
+
+
+def _joined(parts: jax.Array, dim: int) -> jax.Array:
+    """[devices, *shard] -> whole, joined along `dim`."""
+    moved = jnp.moveaxis(parts, 0, dim)
+    return moved.reshape(*moved.shape[:dim], -1, *moved.shape[dim + 2 :])
+
+
+def _parted(x: jax.Array, dim: int, devices: int) -> jax.Array:
+    """Whole -> [devices, *shard], cut along `dim`."""
+    return jnp.moveaxis(x.reshape(*x.shape[:dim], devices, -1, *x.shape[dim + 1 :]), dim, 0)

@@ -181,7 +181,9 @@ class Objective:
             if self.plan.stage < 3 or leaf.dim is None:
                 return x
             if self._by_layer(leaf):
-                return Shard(x, leaf.name, x.shape[leaf.dim :], self.plan.axes, self.grad_dtype)
+                # Simulated devices meet for each collective at a cost far above its bytes'.
+                combine = meshes.simulated(self.plan.mesh)
+                return Shard(x, leaf.name, x.shape[leaf.dim :], self.plan.axes, self.grad_dtype, combine)
             return jax.lax.all_gather(x, self.plan.axes, axis=leaf.dim, tiled=True)
 
         return self.plan.treedef.unflatten(map(one, self.plan.leaves, self.plan.treedef.flatten_up_to(params)))

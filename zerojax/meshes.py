@@ -33,14 +33,18 @@ def check_devices(mesh: AnyMesh) -> None:
         raise ValueError(f"the plan was made for {mesh}, which has no devices: make it again with a jax.sharding.Mesh.")
 
 
+def simulated(mesh: AnyMesh) -> bool:
+    """Whether the mesh's devices are threads of a CPU."""
+    return isinstance(mesh, Mesh) and mesh.devices.flat[0].platform == "cpu"
+
+
 def compiler_options(mesh: AnyMesh) -> dict[str, Any] | None:
     """What a program with several collectives is compiled with on these devices.
 
     On a CPU, jaxlib from 0.11 on can mix up who takes part in which of a program's collectives: an abort in its
     rendezvous, or wrong sums. Its other scheduler makes that rarer (docs/architecture.md says what was seen).
     """
-    simulated = isinstance(mesh, Mesh) and mesh.devices.flat[0].platform == "cpu"
-    return {"xla_cpu_enable_concurrency_optimized_scheduler": False} if simulated else None
+    return {"xla_cpu_enable_concurrency_optimized_scheduler": False} if simulated(mesh) else None
 
 
 def shards(mesh: AnyMesh, entry: str | tuple[str, ...] | None) -> int:
