@@ -108,7 +108,7 @@ def gather(tree: PyTree, *, dtype: Any = None) -> PyTree:
         whole = _gather([x.value for x in shards], tuple(x.dim for x in shards), *how)
         for i, x in zip(members, whole, strict=True):
             leaves[i] = x
-    return treedef.unflatten(leaves)
+    return jax.tree.unflatten(treedef, leaves)
 
 
 # Elementwise arithmetic, sums, and moves of data: cheaper to do again than to write and read. Comparisons are not among
