@@ -2,6 +2,11 @@
 
 from zerojax.gather import gather as gather
 from zerojax.gather import keep_expensive as keep_expensive
+from zerojax.optimizers import apply as apply
+from zerojax.optimizers import chain as chain
+from zerojax.optimizers import fused_adam as fused_adam
+from zerojax.optimizers import fused_adamw as fused_adamw
+from zerojax.optimizers import fused_lamb as fused_lamb
 from zerojax.plan import Memory as Memory
 from zerojax.plan import Plan as Plan
 from zerojax.plan import make_plan as make_plan

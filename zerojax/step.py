@@ -12,9 +12,10 @@ from jax.sharding import PartitionSpec
 
 from zerojax import meshes
 from zerojax.gradients import Layerwise, LossFn, Objective
+from zerojax.optimizers import apply_sharded
 from zerojax.plan import Plan
 from zerojax.precision import LossScale, LossScaleState
-from zerojax.zero import apply_sharded, zero
+from zerojax.zero import zero
 
 PyTree = Any
 
@@ -229,11 +230,12 @@ def make_train_step(
     def train_step(state: TrainState, batch: PyTree) -> tuple[TrainState, dict[str, Any]]:
         scale = None if state.loss_scale is None else state.loss_scale.scale
         out = objective.loss_and_grads(state.params, batch, sharded=plan.stage >= 1, scale=scale)
-        params, opt_state = apply_sharded(tx, out.grads, state.opt_state, state.params, value=out.loss)
+        finite = None if loss_scale is None else out.finite
+        params, opt_state = apply_sharded(tx, out.grads, state.opt_state, state.params, finite=finite, value=out.loss)
         new = state._replace(step=state.step + 1, params=params, opt_state=opt_state)
         metrics = {"loss": out.loss, "grad_norm": out.norm, "finite": out.finite}
         if loss_scale is not None:
-            new, scale_metrics = _keep_if_overflowed(loss_scale, state, new, out.finite)
+            new, scale_metrics = _next_scale(loss_scale, new, out.finite)
             metrics |= scale_metrics
         return new, metrics | {"skipped": new.skipped} | ({"aux": out.aux} if has_aux else {})
 
@@ -338,18 +340,13 @@ def place_batch(objective: Objective, batch: PyTree) -> PyTree:
     return jax.tree_util.tree_map_with_path(place, batch)
 
 
-def _keep_if_overflowed(
-    loss_scale: LossScale, old: TrainState, new: TrainState, finite: jax.Array
-) -> tuple[TrainState, dict[str, Any]]:
-    """The state after a step with a loss scale: `new`, or after an overflow `old` with another scale; and metrics."""
-    params, opt_state = jax.tree.map(
-        lambda new, old: jnp.where(finite, new, old), (new.params, new.opt_state), (old.params, old.opt_state)
-    )
-    before = old.loss_scale
+def _next_scale(loss_scale: LossScale, state: TrainState, finite: jax.Array) -> tuple[TrainState, dict[str, Any]]:
+    """The state with the next step's loss scale and its count of overflows; and metrics."""
+    before = state.loss_scale
     assert before is not None
     after = loss_scale.update(before, finite)
     at_minimum = ~finite & (getattr(before, "hysteresis", 1) == 1) & (after.scale >= before.scale)
-    state = TrainState(new.step, params, opt_state, after, old.skipped + ~finite)
+    state = state._replace(loss_scale=after, skipped=state.skipped + ~finite)
     return state, {"loss_scale": before.scale, "at_minimum": at_minimum}
 
 

@@ -129,22 +129,5 @@ def zero(inner: optax.GradientTransformation, plan: Plan) -> ZeroTransformation:
     return ZeroTransformation(init, update, inner, plan)
 
 
-def apply_sharded(
-    tx: ZeroTransformation, grads: PyTree, state: PyTree, params: PyTree, *, value: jax.Array
-) -> tuple[PyTree, PyTree]:
-    """One optimizer step, inside `meshes.on_mesh`: devices update their shards of the params, then gather them.
-
-    Cheaper than `tx.update` and `optax.apply_updates`: what travels is the params in their own dtype, and the addition
-    too is done once for each element and not on every device. `value` is the loss, for transformations that ask for it.
-    """
-    plan = tx.plan
-    grads, shards = (meshes.constrain(tree, plan.update_specs) for tree in (grads, params))
-    updates, new_state = tx.inner.update(grads, state, shards, value=value)
-    # Gradients may be wider than the params that Optax took its state's dtypes from; what is stored keeps its dtype.
-    new_state = jax.tree.map(lambda new, old: new.astype(old.dtype), new_state, state)
-    shards = meshes.constrain(optax.apply_updates(shards, updates), plan.update_specs)
-    return meshes.constrain(shards, plan.param_specs), new_state
-
-
 def _is_array(x: Any) -> bool:
     return isinstance(x, jax.Array | np.ndarray | np.generic | int | float)

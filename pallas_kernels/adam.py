@@ -1,0 +1,254 @@
+"""One step of Adam or AdamW on lists of leaves, in one pass and in place (arXiv:1412.6980, arXiv:1711.05101).
+
+Bytes an element in float32: params, mu and nu are read and written once, gradients read once: 28. Optax's update and
+`apply_updates` in one jit move as few, in one XLA kernel a leaf; here many leaves share a launch. What precedes the
+update, a clip factor, a loss scale, a skipped step, are scalars here and not passes of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import dispatch, leaves
+
+Config = leaves.Config
+
+
+class Scalars(NamedTuple):
+    """What one step of Adam needs beside arrays: float32 scalars, so that none of them compiles anew.
+
+    Attributes:
+      learning_rate: Step size.
+      b1, b2: Decay rates of mu and nu.
+      c1, c2: 1 - b1 and 1 - b2, where a Python float gives more digits than float32 can.
+      eps, eps_root: Added outside and inside of the square root.
+      weight_decay: Decoupled decay, times the learning rate; 0 for none.
+      l2: Added to the gradient, times the param; 0 for none.
+      mu_factor, grad_factor: mu_hat = mu_factor mu + grad_factor g: bias correction, Nesterov's with the second.
+      nu_factor: nu_hat = nu_factor nu: bias correction.
+      scale: Multiplies the gradient: clip factor, inverse of a loss scale.
+      apply: 1, or 0 to leave everything as it is, whatever the gradients hold.
+    """
+
+    learning_rate: Any
+    b1: Any
+    b2: Any
+    c1: Any
+    c2: Any
+    eps: Any
+    eps_root: Any
+    weight_decay: Any
+    l2: Any
+    mu_factor: Any
+    grad_factor: Any
+    nu_factor: Any
+    scale: Any
+    apply: Any
+
+
+def adam_scalars(
+    count: jax.Array,
+    learning_rate: Any,
+    *,
+    b1: Any = 0.9,
+    b2: Any = 0.999,
+    eps: Any = 1e-8,
+    eps_root: Any = 0.0,
+    weight_decay: Any = 0.0,
+    l2: Any = 0.0,
+    nesterov: bool = False,
+    scale: Any = 1.0,
+    apply: Any = True,
+) -> Scalars:
+    """`Scalars` of a step.
+
+    Args:
+      count: int32 scalar, the number of this step: 1 at the first.
+      learning_rate: Step size, a float scalar as all that follow.
+      b1: Decay rate of the first moment.
+      b2: Decay rate of the second moment.
+      eps: Added to the square root.
+      eps_root: Added inside it.
+      weight_decay: Decoupled weight decay, times the learning rate.
+      l2: Weight decay of the other kind, added to the gradient.
+      nesterov: Nesterov momentum (Dozat, 2016), as in Optax.
+      scale: Multiplies the gradients before anything else.
+      apply: bool scalar; False leaves everything as it is.
+
+    Returns:
+      float32 scalars.
+
+    Precision:
+      1 - b**t is formed as -expm1(t log b): formed in float32 it is off by 1.3e-5 at b = 0.999, t = 1.
+    """
+    count = jnp.asarray(count, jnp.float32)
+    # By 1 - b, which a Python float gives in more digits than float32 has of b. At b = 0 there is no bias.
+    unbias = lambda b, t: jnp.where(b == 0, 1.0, -1 / jnp.expm1(t * jnp.log1p(jnp.float32(b - 1))))
+    if nesterov:
+        mu_factor, grad_factor = b1 * unbias(b1, count + 1), (1 - b1) * unbias(b1, count)
+    else:
+        mu_factor, grad_factor = unbias(b1, count), 0.0
+    values = (
+        learning_rate, b1, b2, 1 - b1, 1 - b2, eps, eps_root, weight_decay, l2,
+        mu_factor, grad_factor, unbias(b2, count), scale, apply,
+    )  # fmt: skip
+    return Scalars(*(jnp.asarray(x, jnp.float32) for x in values))
+
+
+def direction(
+    s: Scalars, p: jax.Array | None, g: jax.Array, mu: jax.Array, nu: jax.Array, decay: bool
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What one step subtracts from a leaf, before the learning rate, and its new moments.
+
+    All arrays are of one shape, float32 or wider; `p` is needed where it decays.
+    """
+    g = g * s.scale
+    if decay:
+        g = g + s.l2 * p
+    mu = s.b1 * mu + s.c1 * g
+    nu = s.b2 * nu + s.c2 * (g * g)
+    step = (s.mu_factor * mu + s.grad_factor * g) / (jnp.sqrt(s.nu_factor * nu + s.eps_root) + s.eps)
+    return (step + s.weight_decay * p if decay else step), mu, nu
+
+
+def adam_delta(
+    s: Scalars, p: jax.Array | None, g: jax.Array, mu: jax.Array, nu: jax.Array, decay: bool
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What one step adds to a leaf, and its new moments; arguments are those of `direction`."""
+    step, mu, nu = direction(s, p, g, mu, nu, decay)
+    return -s.learning_rate * step, mu, nu
+
+
+def adam(
+    params: Sequence[jax.Array],
+    grads: Sequence[jax.Array],
+    mu: Sequence[jax.Array],
+    nu: Sequence[jax.Array],
+    scalars: Scalars,
+    *,
+    decay: Sequence[bool] | None = None,
+    implementation: str | None = None,
+    config: Config | None = None,
+) -> tuple[list[jax.Array], list[jax.Array], list[jax.Array]]:
+    """One step of Adam, in place where params, mu and nu are donated.
+
+    Args:
+      params: Leaves of any shape, of a floating dtype.
+      grads: Likewise, float32 or 16-bit.
+      mu: First moments, of the params' shapes.
+      nu: Second moments.
+      scalars: From `adam_scalars`.
+      decay: Which leaves decay; all by default.
+      implementation: None, "mosaic", "xla" or "interpret".
+      config: Launch choices; by default those measured best.
+
+    Returns:
+      New `(params, mu, nu)`, lists in the dtypes that came.
+
+    Raises:
+      ValueError: lists or shapes do not match; the implementation asked for cannot run here.
+      TypeError: a leaf of a dtype that is not floating.
+
+    Precision:
+      float32 arithmetic, rounded to nearest where stored in 16 bits. The kernel's square root and division are good to
+      2 units in the last place.
+
+    Example:
+      >>> p, g, zero = [jnp.ones(4)], [jnp.full(4, 0.5)], [jnp.zeros(4)]
+      >>> p, mu, nu = adam(p, g, zero, zero, adam_scalars(1, 0.1))
+      >>> round(float(p[0][0]), 6), round(float(mu[0][0]), 6)
+      (0.9, 0.05)
+
+    References:
+      Kingma and Ba, arXiv:1412.6980, Algorithm 1; Loshchilov and Hutter, arXiv:1711.05101, Algorithm 2.
+    """
+    decay = [True] * len(params) if decay is None else list(decay)
+    check("adam", params, grads, mu, nu, decay)
+    choice = adam_choice(params, grads, mu, nu, implementation=implementation)
+    if choice.implementation == "xla":
+        return adam_reference(params, grads, mu, nu, scalars, decay=decay)
+    new: list[list[jax.Array]] = [list(params), list(mu), list(nu)]
+    for decayed in (True, False):
+        some = [i for i, d in enumerate(decay) if d == decayed]
+        pick = lambda tree: [tree[i] for i in some]  # noqa: B023
+        parts = leaves.run(
+            "adam" if decayed else "adam_no_decay",
+            lambda s, p, m, v, g: _step(Scalars(*s), p, g, m, v, decayed),  # noqa: B023
+            jnp.stack(scalars),
+            [pick(params), pick(mu), pick(nu)],
+            [pick(grads)],
+            config=config or Config(),
+            implementation=choice.implementation,
+        )
+        for whole, part in zip(new, parts, strict=True):
+            for i, x in zip(some, part, strict=True):
+                whole[i] = x
+    return new[0], new[1], new[2]
+
+
+def adam_reference(
+    params: Sequence[jax.Array],
+    grads: Sequence[jax.Array],
+    mu: Sequence[jax.Array],
+    nu: Sequence[jax.Array],
+    scalars: Scalars,
+    *,
+    decay: Sequence[bool] | None = None,
+) -> tuple[list[jax.Array], list[jax.Array], list[jax.Array]]:
+    """`adam` in jnp, which XLA fuses into one kernel a leaf."""
+    decay = [True] * len(params) if decay is None else decay
+    new = [_step(scalars, *leaf) for leaf in zip(params, grads, mu, nu, decay, strict=True)]
+    return [x[0] for x in new], [x[1] for x in new], [x[2] for x in new]
+
+
+def adam_choice(
+    params: Sequence[Any], grads: Sequence[Any], mu: Sequence[Any], nu: Sequence[Any], *_: Any,
+    implementation: str | None = None, **__: Any,
+) -> dispatch.Choice:  # fmt: skip
+    """Which implementation `adam` would run."""
+    arrays = (params, grads, mu, nu)
+    return dispatch.choose("adam", implementation, arrays, unserved=unserved(arrays))
+
+
+def unserved(arrays: Any) -> str | None:
+    """Why the kernels cannot take these leaves, or None."""
+    served = ("float32", "bfloat16", "float16")
+    if others := {x.dtype.name for x in jax.tree.leaves(arrays)}.difference(served):
+        return f"kernels serve {', '.join(served)}, not {', '.join(sorted(others))}"
+    return None
+
+
+def _step(
+    s: Scalars, p: jax.Array, g: jax.Array, mu: jax.Array, nu: jax.Array, decay: bool
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    wide = widen(p)
+    delta, new_mu, new_nu = adam_delta(s, wide, widen(g), widen(mu), widen(nu), decay)
+    # Compared as a block: the kernel's compiler broadcasts numbers, but no booleans.
+    apply = jnp.broadcast_to(s.apply, p.shape) > 0
+    keep = lambda new, old: jnp.where(apply, new.astype(old.dtype), old)
+    return keep(wide + delta, p), keep(new_mu, mu), keep(new_nu, nu)
+
+
+def widen(x: jax.Array) -> jax.Array:
+    """`x` in the dtype that it is computed in: float32 or wider."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def check(
+    op: str, params: Sequence[Any], grads: Sequence[Any], mu: Sequence[Any], nu: Sequence[Any], decay: Sequence[bool]
+) -> None:
+    """Raises unless the lists match, leaf by leaf, and hold floating numbers."""
+    lists = {"params": params, "grads": grads, "mu": mu, "nu": nu, "decay": decay}
+    if len({len(x) for x in lists.values()}) > 1:
+        came = ", ".join(f"{len(x)} {name}" for name, x in lists.items())
+        raise ValueError(f"{op}: lists of one length are wanted, one entry a leaf, got {came}.")
+    for i, p in enumerate(params):
+        for name, x in (("params", p), ("grads", grads[i]), ("mu", mu[i]), ("nu", nu[i])):
+            if x.shape != p.shape:
+                raise ValueError(f"{op}: leaf {i} has shape {list(x.shape)} in {name}, {list(p.shape)} in params.")
+            if not jnp.issubdtype(x.dtype, jnp.floating):
+                raise TypeError(f"{op}: leaf {i} of {name} has dtype {x.dtype}; floating dtypes are served.")

@@ -1,0 +1,424 @@
+"""Optax's Adam, AdamW and LAMB over `pallas_kernels`, and `apply`, which updates and applies in one pass.
+
+A transformation's `update` returns what is to be added; `optax.apply_updates` adds it. Between the two stands a tree
+of the params' size, which XLA fuses away where it can see both, and no kernel can. So a fused optimizer has a third
+function, `apply(grads, state, params) -> (params, state)`, which `zerojax.apply` and the train step look for.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import PartitionSpec
+
+from pallas_kernels.adam import adam, adam_choice, adam_delta, adam_scalars, widen
+from pallas_kernels.dispatch import Choice
+from pallas_kernels.lamb import TrustRatio, lamb, lamb_choice, lamb_delta, lamb_scalars
+from zerojax import meshes
+from zerojax.plan import Plan
+from zerojax.zero import ZeroTransformation
+
+PyTree = Any
+VARIANTS = ("optax", "deepspeed")
+
+
+class FusedTransformation(optax.GradientTransformationExtraArgs):
+    """An Optax transformation that can also update and apply in one pass.
+
+    Attributes:
+      apply: `apply(grads, state, params, *, plan=None, finite=None, **extra_args) -> (params, state)`. `plan` says how
+        global arrays are cut; `finite`, a bool scalar, leaves everything as it is where it is False.
+    """
+
+    apply: Callable[..., tuple[PyTree, PyTree]]
+
+    def __new__(cls, init: Any, update: Any, apply: Callable[..., tuple[PyTree, PyTree]]) -> FusedTransformation:
+        self = super().__new__(cls, init, update)
+        self.apply = apply
+        return self
+
+
+def fused_adam(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: Any = 0.9,
+    b2: Any = 0.999,
+    eps: Any = 1e-8,
+    eps_root: Any = 0.0,
+    mu_dtype: Any = None,
+    *,
+    nesterov: bool = False,
+    nu_dtype: Any = None,
+    implementation: str | None = None,
+) -> FusedTransformation:
+    """`optax.adam` in one pass over the params, their gradients and moments.
+
+    Args:
+      learning_rate: A float, or a schedule of the number of steps done.
+      b1: Decay rate of the first moment.
+      b2: Decay rate of the second moment.
+      eps: Added to the square root.
+      eps_root: Added inside it.
+      mu_dtype: Dtype of the first moment; by default the params', and float32 for 16-bit params.
+      nesterov: Nesterov momentum.
+      nu_dtype: Dtype of the second moment, likewise; 16 bits are refused, since rounding to nearest would stall it.
+      implementation: Of `pallas_kernels.adam`, used by `apply`; None picks by what was measured.
+
+    Returns:
+      A transformation whose state is `optax.ScaleByAdamState`. `update` is Optax's in XLA; `zerojax.apply` and the
+      train step run the kernel.
+
+    Precision:
+      float32 arithmetic whatever is stored. A departure from Optax: moments of 16-bit params are float32 by default,
+      since at b2 = 0.999 Optax's bfloat16 second moment never decays.
+
+    References:
+      Kingma and Ba, arXiv:1412.6980, Algorithm 1.
+
+    Example:
+      >>> import zerojax
+      >>> tx = fused_adam(0.1)
+      >>> params, grads = {"w": jnp.ones(4)}, {"w": jnp.full(4, 0.5)}
+      >>> params, state = zerojax.apply(tx, grads, tx.init(params), params)
+      >>> round(float(params["w"][0]), 6), int(state.count)
+      (0.9, 1)
+    """
+    scalars = functools.partial(adam_scalars, b1=b1, b2=b2, eps=eps, eps_root=eps_root, nesterov=nesterov)
+    op, choice = (functools.partial(f, implementation=implementation) for f in (adam, adam_choice))
+    return _fused(op, choice, adam_delta, scalars, learning_rate, mu_dtype=mu_dtype, nu_dtype=nu_dtype, mask=False)
+
+
+def fused_adamw(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: Any = 0.9,
+    b2: Any = 0.999,
+    eps: Any = 1e-8,
+    eps_root: Any = 0.0,
+    mu_dtype: Any = None,
+    weight_decay: Any = 1e-4,
+    mask: Any = None,
+    *,
+    nesterov: bool = False,
+    nu_dtype: Any = None,
+    implementation: str | None = None,
+) -> FusedTransformation:
+    """`optax.adamw` in one pass: `fused_adam` with decoupled weight decay.
+
+    Args:
+      learning_rate: A float, or a schedule of the number of steps done.
+      b1: Decay rate of the first moment.
+      b2: Decay rate of the second moment.
+      eps: Added to the square root.
+      eps_root: Added inside it.
+      mu_dtype: Dtype of the first moment, as in `fused_adam`.
+      weight_decay: Times the learning rate, a float or a schedule.
+      mask: Which leaves decay: a tree of bools, a prefix of the params', or a function from params to one.
+      nesterov: Nesterov momentum.
+      nu_dtype: Dtype of the second moment, as in `fused_adam`.
+      implementation: Of `pallas_kernels.adam`.
+
+    Returns:
+      A transformation as `fused_adam`'s.
+
+    References:
+      Loshchilov and Hutter, arXiv:1711.05101, Algorithm 2.
+
+    Example:
+      >>> import zerojax
+      >>> tx = zerojax.chain(optax.clip_by_global_norm(1.0), fused_adamw(1e-3, mask=lambda p: {"w": True, "b": False}))
+      >>> params = {"w": jnp.ones((4, 4)), "b": jnp.ones(4)}
+      >>> params, state = zerojax.apply(tx, params, tx.init(params), params)
+      >>> round(float(params["w"][0, 0]), 7), round(float(params["b"][0]), 7)
+      (0.9989999, 0.999)
+    """
+    scalars = functools.partial(adam_scalars, b1=b1, b2=b2, eps=eps, eps_root=eps_root, nesterov=nesterov)
+    op, choice = (functools.partial(f, implementation=implementation) for f in (adam, adam_choice))
+    dtypes = {"mu_dtype": mu_dtype, "nu_dtype": nu_dtype}
+    return _fused(op, choice, adam_delta, scalars, learning_rate, **dtypes, weight_decay=weight_decay, mask=mask)
+
+
+def fused_lamb(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: Any = 0.9,
+    b2: Any = 0.999,
+    eps: Any = 1e-6,
+    eps_root: Any = 0.0,
+    weight_decay: Any = 0.0,
+    mask: Any = None,
+    *,
+    mu_dtype: Any = None,
+    nu_dtype: Any = None,
+    min_trust_ratio: float | None = None,
+    max_trust_ratio: float | None = None,
+    variant: str = "optax",
+    implementation: str | None = None,
+) -> FusedTransformation:
+    """`optax.lamb`, or DeepSpeed's LAMB: Adam's step, scaled for each leaf by ||param|| / ||step||.
+
+    Under `zero` the norms are those of whole leaves at every stage.
+
+    Args:
+      learning_rate: A float, or a schedule of the number of steps done.
+      b1: Decay rate of the first moment.
+      b2: Decay rate of the second moment.
+      eps: Added to the square root.
+      eps_root: Added inside it.
+      weight_decay: Added to the step before its norm is taken, a float or a schedule.
+      mask: Which leaves decay: a tree of bools, a prefix of the params', or a function from params to one.
+      mu_dtype: Dtype of the first moment, as in `fused_adam`.
+      nu_dtype: Dtype of the second moment, as in `fused_adam`.
+      min_trust_ratio: Limit of the ratio; None for none, 0.01 with variant="deepspeed".
+      max_trust_ratio: Likewise; None for none, 10 with variant="deepspeed".
+      variant: "optax": bias-corrected moments inside the ratio, as in the paper. "deepspeed": raw moments inside, the
+        correction on the learning rate.
+      implementation: Of `pallas_kernels.lamb`.
+
+    Returns:
+      A transformation as `fused_adam`'s.
+
+    Raises:
+      ValueError: `variant` is neither.
+
+    References:
+      You et al., arXiv:1904.00962, Algorithm 2.
+
+    Example:
+      >>> import zerojax
+      >>> tx, params = fused_lamb(0.1), {"w": jnp.full(4, 2.0)}
+      >>> params, _ = zerojax.apply(tx, {"w": jnp.ones(4)}, tx.init(params), params)
+      >>> round(float(params["w"][0]), 5)
+      1.8
+    """
+    if variant not in VARIANTS:
+        raise ValueError(f"variant must be one of {VARIANTS}, got {variant!r}.")
+    if variant == "deepspeed":
+        min_trust_ratio = 0.01 if min_trust_ratio is None else min_trust_ratio
+        max_trust_ratio = 10.0 if max_trust_ratio is None else max_trust_ratio
+    trust = TrustRatio(min_trust_ratio, max_trust_ratio)
+    scalars = functools.partial(lamb_scalars, variant=variant, b1=b1, b2=b2, eps=eps, eps_root=eps_root)
+    op = functools.partial(lamb, trust=trust, implementation=implementation)
+    choice = functools.partial(lamb_choice, implementation=implementation)
+    delta = lambda s, *leaf: lamb_delta(s, trust, *leaf)
+    dtypes = {"mu_dtype": mu_dtype, "nu_dtype": nu_dtype}
+    return _fused(op, choice, delta, scalars, learning_rate, **dtypes, weight_decay=weight_decay, mask=mask, norms=True)
+
+
+def chain(*transforms: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """`optax.chain`, which keeps a fused last link visible to `apply`.
+
+    Example:
+      >>> tx = chain(optax.clip_by_global_norm(1.0), fused_adamw(3e-4))
+      >>> isinstance(tx, FusedTransformation)
+      True
+    """
+    chained = optax.chain(*transforms)
+    if not transforms or not isinstance(transforms[-1], FusedTransformation):
+        return chained
+    *links, last = map(optax.with_extra_args_support, transforms)
+
+    def apply(grads: PyTree, state: PyTree, params: PyTree, **options: Any) -> tuple[PyTree, PyTree]:
+        extra = {k: v for k, v in options.items() if k not in ("plan", "finite")}
+        states = []
+        for link, old in zip(links, state[:-1], strict=True):
+            grads, new = link.update(grads, old, params, **extra)
+            states.append(_keep(options.get("finite"), new, old))
+        params, new = last.apply(grads, state[-1], params, **options)
+        return params, (*states, new)
+
+    return FusedTransformation(chained.init, chained.update, apply)
+
+
+def apply(
+    tx: optax.GradientTransformation, grads: PyTree, state: PyTree, params: PyTree, **extra_args: Any
+) -> tuple[PyTree, PyTree]:
+    """One optimizer step: `tx.update` and `optax.apply_updates`, in one pass where `tx` allows.
+
+    A fused optimizer is seen through `chain` and `zero`; any other transformation takes the two passes.
+
+    Args:
+      tx: Any Optax transformation.
+      grads: Gradients.
+      state: Of `tx.init(params)`.
+      params: Params. Donate them and the state to the jit around this call, and the update is in place.
+      **extra_args: What transformations ask for by name, `value` for instance.
+
+    Returns:
+      New `(params, state)`.
+
+    Example:
+      >>> params = {"w": jnp.ones(2)}
+      >>> tx = optax.sgd(0.5)
+      >>> apply(tx, params, tx.init(params), params)[0]["w"].tolist()
+      [0.5, 0.5]
+    """
+    if not isinstance(tx, ZeroTransformation):
+        return _apply(tx, grads, state, params, **extra_args)
+    plan = tx.plan
+    plan.check(grads, "grads")
+    plan.check(params)
+
+    def on_shards(grads: PyTree, state: PyTree, params: PyTree, extra_args: dict[str, Any]) -> tuple[PyTree, PyTree]:
+        return apply_sharded(tx, grads, state, params, **extra_args)
+
+    run = meshes.on_mesh(plan.mesh, on_shards, (plan.param_specs, plan.opt_state_specs(tx.inner)))
+    return (run if meshes.tracing((grads, state, params)) else jax.jit(run))(grads, state, params, extra_args)
+
+
+def apply_sharded(
+    tx: ZeroTransformation,
+    grads: PyTree,
+    state: PyTree,
+    params: PyTree,
+    *,
+    finite: jax.Array | None = None,
+    **extra_args: Any,
+) -> tuple[PyTree, PyTree]:
+    """One optimizer step, inside `meshes.on_mesh`: devices update their shards of the params, then gather them.
+
+    Cheaper than `tx.update` and `optax.apply_updates`: what travels is the params in their own dtype, and the addition
+    too is done once for each element and not on every device. Where `finite` is False everything stays as it is.
+    """
+    plan = tx.plan
+    grads, shards = (meshes.constrain(tree, plan.update_specs) for tree in (grads, params))
+    shards, new_state = _apply(tx.inner, grads, state, shards, plan=plan, finite=finite, **extra_args)
+    # Gradients may be wider than the params that Optax took its state's dtypes from; what is stored keeps its dtype.
+    new_state = jax.tree.map(lambda new, old: new.astype(old.dtype), new_state, state)
+    return meshes.constrain(meshes.constrain(shards, plan.update_specs), plan.param_specs), new_state
+
+
+def _apply(
+    tx: optax.GradientTransformation,
+    grads: PyTree,
+    state: PyTree,
+    params: PyTree,
+    *,
+    plan: Plan | None = None,
+    finite: jax.Array | None = None,
+    **extra_args: Any,
+) -> tuple[PyTree, PyTree]:
+    if isinstance(tx, FusedTransformation):
+        return tx.apply(grads, state, params, plan=plan, finite=finite, **extra_args)
+    updates, new_state = optax.with_extra_args_support(tx).update(grads, state, params, **extra_args)
+    return _keep(finite, (optax.apply_updates(params, updates), new_state), (params, state))
+
+
+def _keep(finite: jax.Array | None, new: PyTree, old: PyTree) -> PyTree:
+    """`new` where the gradients were finite, else `old`."""
+    return new if finite is None else jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, old)
+
+
+def _fused(
+    op: Callable[..., Any],
+    choice: Callable[..., Choice],
+    delta: Callable[..., Any],
+    scalars: Callable[..., Any],
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    mu_dtype: Any,
+    nu_dtype: Any,
+    weight_decay: Any = 0.0,
+    mask: Any,
+    norms: bool = False,
+) -> FusedTransformation:
+    """The transformation of an op of `pallas_kernels` on lists of leaves, its `choice`, and its `delta` on one leaf.
+
+    `norms` says that the step needs the params, decay or not.
+    """
+    mu_dtype, nu_dtype = _moment_dtypes(mu_dtype, nu_dtype)
+
+    def init(params: PyTree) -> optax.ScaleByAdamState:
+        return optax.ScaleByAdamState(jnp.zeros([], jnp.int32), _zeros(params, mu_dtype), _zeros(params, nu_dtype))
+
+    def scalars_of(count: jax.Array, apply: Any = True) -> Any:
+        at = lambda x: x(count) if callable(x) else x
+        options = {} if mask is False else {"weight_decay": at(weight_decay)}
+        return scalars(optax.safe_increment(count), at(learning_rate), apply=apply, **options)
+
+    def update(
+        updates: PyTree, state: optax.ScaleByAdamState, params: PyTree | None = None, **_: Any
+    ) -> tuple[PyTree, optax.ScaleByAdamState]:
+        if params is None and (norms or mask is not False):
+            raise ValueError("this optimizer needs the params: call update(grads, state, params).")
+        grads, treedef = _flatten(updates)
+        lists = [grads, *map(treedef.flatten_up_to, (state.mu, state.nu))]
+        weights = [None] * len(grads) if params is None else treedef.flatten_up_to(params)
+        decay = _decayed(mask, params, len(grads))
+        s = scalars_of(state.count)
+        stepped = [
+            delta(s, None if p is None else widen(p), *map(widen, leaf), d)
+            for p, *leaf, d in zip(weights, *lists, decay, strict=True)
+        ]
+        deltas, mu, nu = (
+            treedef.unflatten([new[k].astype(old.dtype) for new, old in zip(stepped, olds, strict=True)])
+            for k, olds in enumerate(lists)
+        )
+        return deltas, optax.ScaleByAdamState(optax.safe_increment(state.count), mu, nu)
+
+    def apply(
+        grads: PyTree,
+        state: optax.ScaleByAdamState,
+        params: PyTree,
+        *,
+        plan: Plan | None = None,
+        finite: jax.Array | None = None,
+        **_: Any,
+    ) -> tuple[PyTree, optax.ScaleByAdamState]:
+        leaves, treedef = _flatten(params)
+        trees = (leaves, *map(treedef.flatten_up_to, (grads, state.mu, state.nu)))
+        run: Callable[..., Any] = functools.partial(op, decay=_decayed(mask, params, len(leaves)))
+        if plan is not None and choice(*trees).implementation != "xla":
+            run = _on_shards(run, plan)
+        new = run(*trees, scalars_of(state.count, True if finite is None else finite))
+        params, mu, nu = map(treedef.unflatten, new)
+        count = _keep(finite, optax.safe_increment(state.count), state.count)
+        return params, optax.ScaleByAdamState(count, mu, nu)
+
+    return FusedTransformation(init, update, apply)
+
+
+def _on_shards(op: Callable[..., Any], plan: Plan) -> Callable[..., Any]:
+    """A kernel on lists of leaves, run by each device on its shards: on global arrays XLA would gather them for it."""
+    specs = plan.treedef.flatten_up_to(plan.update_specs)
+    return jax.shard_map(op, in_specs=((specs,) * 4) + (PartitionSpec(),), out_specs=(specs,) * 3, check_vma=False)
+
+
+def _flatten(tree: PyTree) -> tuple[list[Any], Any]:
+    leaves, treedef = jax.tree.flatten(tree)
+    return leaves, treedef
+
+
+def _moment_dtypes(mu_dtype: Any, nu_dtype: Any) -> tuple[Any, Any]:
+    for name, dtype in (("mu_dtype", mu_dtype), ("nu_dtype", nu_dtype)):
+        if dtype is None:
+            continue
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise ValueError(f"{name} must be a floating dtype, got {dtype!r}.")
+        if name == "nu_dtype" and jnp.finfo(dtype).bits < 32:
+            raise ValueError(f"nu_dtype={dtype!r}: rounding to nearest would stall the second moment; take float32.")
+    return mu_dtype, nu_dtype
+
+
+def _zeros(params: PyTree, dtype: Any) -> PyTree:
+    """Moments of params; 16-bit ones get float32."""
+
+    def one(x: Any) -> jax.Array:
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise TypeError(
+                f"params of dtype {x.dtype} have no Adam moments: freeze them, by optax.masked for instance."
+            )
+        return jnp.zeros_like(x, dtype=dtype or jnp.promote_types(x.dtype, jnp.float32))
+
+    return jax.tree.map(one, params)
+
+
+def _decayed(mask: Any, params: PyTree, count: int) -> list[bool]:
+    """For each leaf whether it decays."""
+    if mask is None or isinstance(mask, bool):
+        return [mask is None or mask] * count
+    tree = mask(params) if callable(mask) else mask
+    decay = jax.tree.leaves(jax.tree.map(lambda flag, part: jax.tree.map(lambda _: flag, part), tree, params))
+    return [bool(flag) for flag in decay]
