@@ -99,28 +99,35 @@ def adam_scalars(
     return Scalars(*(jnp.asarray(x, jnp.float32) for x in values))
 
 
-def direction(
-    s: Scalars, p: jax.Array | None, g: jax.Array, mu: jax.Array, nu: jax.Array, decay: bool
+def moments(
+    s: Scalars, p: jax.Array | None, g: jax.Array, mu: jax.Array, nu: jax.Array, decay: Any
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """What one step subtracts from a leaf, before the learning rate, and its new moments.
+    """The gradient as the step takes it, and the new moments of a leaf.
 
-    All arrays are of one shape, float32 or wider; `p` is needed where it decays.
+    All arrays are of one shape, float32 or wider; `decay` is 1 for a leaf that decays and 0 for one that does not, and
+    may fill a block; `p` may be None where nothing decays.
     """
     g = g * s.scale
-    if decay:
-        g = g + s.l2 * p
-    mu = s.b1 * mu + s.c1 * g
-    nu = s.b2 * nu + s.c2 * (g * g)
-    step = (s.mu_factor * mu + s.grad_factor * g) / (jnp.sqrt(s.nu_factor * nu + s.eps_root) + s.eps)
-    return (step + s.weight_decay * p if decay else step), mu, nu
+    if p is not None:
+        g = g + (s.l2 * decay) * p
+    return g, s.b1 * mu + s.c1 * g, s.b2 * nu + s.c2 * (g * g)
+
+
+def direction(
+    s: Scalars, p: jax.Array | None, g: jax.Array | None, mu: jax.Array, nu: jax.Array, decay: Any
+) -> jax.Array:
+    """What a step subtracts before the learning rate, of the new moments; `g` of `moments`, for Nesterov momentum."""
+    momentum = s.mu_factor * mu if g is None else s.mu_factor * mu + s.grad_factor * g
+    step = momentum / (jnp.sqrt(s.nu_factor * nu + s.eps_root) + s.eps)
+    return step if p is None else step + (s.weight_decay * decay) * p
 
 
 def adam_delta(
-    s: Scalars, p: jax.Array | None, g: jax.Array, mu: jax.Array, nu: jax.Array, decay: bool
+    s: Scalars, p: jax.Array | None, g: jax.Array, mu: jax.Array, nu: jax.Array, decay: Any
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """What one step adds to a leaf, and its new moments; arguments are those of `direction`."""
-    step, mu, nu = direction(s, p, g, mu, nu, decay)
-    return -s.learning_rate * step, mu, nu
+    """What one step adds to a leaf, and its new moments; arguments are those of `moments`."""
+    g, mu, nu = moments(s, p, g, mu, nu, decay)
+    return -s.learning_rate * direction(s, p, g, mu, nu, decay), mu, nu
 
 
 def adam(
@@ -171,23 +178,17 @@ def adam(
     choice = adam_choice(params, grads, mu, nu, implementation=implementation)
     if choice.implementation == "xla":
         return adam_reference(params, grads, mu, nu, scalars, decay=decay)
-    new: list[list[jax.Array]] = [list(params), list(mu), list(nu)]
-    for decayed in (True, False):
-        some = [i for i, d in enumerate(decay) if d == decayed]
-        pick = lambda tree: [tree[i] for i in some]  # noqa: B023
-        parts = leaves.run(
-            "adam" if decayed else "adam_no_decay",
-            lambda s, p, m, v, g: _step(Scalars(*s), p, g, m, v, decayed),  # noqa: B023
-            jnp.stack(scalars),
-            [pick(params), pick(mu), pick(nu)],
-            [pick(grads)],
-            config=config or Config(),
-            implementation=choice.implementation,
-        )
-        for whole, part in zip(new, parts, strict=True):
-            for i, x in zip(some, part, strict=True):
-                whole[i] = x
-    return new[0], new[1], new[2]
+    (new_params, new_mu, new_nu), _ = leaves.run(
+        "adam",
+        lambda s, p, m, v, g, d: _step(Scalars(*s), p, g, m, v, d),
+        jnp.stack(scalars),
+        [params, mu, nu],
+        [grads],
+        factors=jnp.array(decay, jnp.float32)[:, None],
+        config=config or Config(),
+        implementation=choice.implementation,
+    )
+    return new_params, new_mu, new_nu
 
 
 def adam_reference(
@@ -223,14 +224,17 @@ def unserved(arrays: Any) -> str | None:
 
 
 def _step(
-    s: Scalars, p: jax.Array, g: jax.Array, mu: jax.Array, nu: jax.Array, decay: bool
+    s: Scalars, p: jax.Array, g: jax.Array, mu: jax.Array, nu: jax.Array, decay: Any
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     wide = widen(p)
     delta, new_mu, new_nu = adam_delta(s, wide, widen(g), widen(mu), widen(nu), decay)
+    return keep(s, wide + delta, p), keep(s, new_mu, mu), keep(s, new_nu, nu)
+
+
+def keep(s: Scalars, new: jax.Array, old: jax.Array) -> jax.Array:
+    """`new` in the dtype of `old`, or `old` in a step that is not applied."""
     # Compared as a block: the kernel's compiler broadcasts numbers, but no booleans.
-    apply = jnp.broadcast_to(s.apply, p.shape) > 0
-    keep = lambda new, old: jnp.where(apply, new.astype(old.dtype), old)
-    return keep(wide + delta, p), keep(new_mu, mu), keep(new_nu, nu)
+    return jnp.where(jnp.broadcast_to(s.apply, old.shape) > 0, new.astype(old.dtype), old)
 
 
 def widen(x: jax.Array) -> jax.Array:

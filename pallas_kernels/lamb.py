@@ -6,14 +6,17 @@ new moments rather than store it; the new moments read once more for that are co
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import dispatch
-from pallas_kernels.adam import Scalars, adam_scalars, check, direction, widen
+from pallas_kernels import dispatch, leaves
+from pallas_kernels.adam import Scalars, adam_scalars, check, direction, keep, moments, unserved, widen
+
+Config = leaves.Config
 
 
 class TrustRatio(NamedTuple):
@@ -53,7 +56,9 @@ def lamb(
     *,
     trust: TrustRatio = UNLIMITED,
     decay: Sequence[bool] | None = None,
+    across: Callable[[jax.Array], jax.Array] | None = None,
     implementation: str | None = None,
+    config: Config | None = None,
 ) -> tuple[list[jax.Array], list[jax.Array], list[jax.Array]]:
     """One step of LAMB.
 
@@ -65,7 +70,10 @@ def lamb(
       scalars: From `lamb_scalars`.
       trust: Limits of the ratio, which is 1 where either norm is 0.
       decay: Which leaves decay; all by default.
-      implementation: None or "xla".
+      across: Sums float32[leaves, 2], squares of a device's shards of params and steps, over the devices that share a
+        leaf; for a kernel that runs on shards.
+      implementation: None, "mosaic", "xla" or "interpret".
+      config: Launch choices; by default those measured best.
 
     Returns:
       New `(params, mu, nu)`, lists in the dtypes that came.
@@ -88,8 +96,29 @@ def lamb(
     """
     decay = [True] * len(params) if decay is None else list(decay)
     check("lamb", params, grads, mu, nu, decay)
-    lamb_choice(params, grads, mu, nu, implementation=implementation)
-    return lamb_reference(params, grads, mu, nu, scalars, trust=trust, decay=decay)
+    choice = lamb_choice(params, grads, mu, nu, implementation=implementation)
+    if choice.implementation == "xla":
+        return lamb_reference(params, grads, mu, nu, scalars, trust=trust, decay=decay)
+    run = functools.partial(leaves.run, config=config or Config(), implementation=choice.implementation)
+    flags = jnp.array(decay, jnp.float32)
+
+    def first(s: list[jax.Array], m: jax.Array, v: jax.Array, p: jax.Array, g: jax.Array, d: jax.Array) -> Any:
+        here, wide = Scalars(*s), widen(p)
+        g, new_m, new_v = moments(here, wide, widen(g), widen(m), widen(v), d)
+        step = direction(here, wide, None, new_m, new_v, d)
+        return keep(here, new_m, m), keep(here, new_v, v), wide * wide, step * step
+
+    def second(s: list[jax.Array], p: jax.Array, m: jax.Array, v: jax.Array, rate: jax.Array, d: jax.Array) -> Any:
+        here, wide = Scalars(*s), widen(p)
+        return (keep(here, wide - rate * direction(here, wide, None, widen(m), widen(v), d), p),)
+
+    s = jnp.stack(scalars)
+    (new_mu, new_nu), squares = run("lamb_moments", first, s, [mu, nu], [params, grads], factors=flags[:, None], sums=2)
+    squares = squares if across is None else across(squares)
+    rates = scalars.learning_rate * trust_ratio(trust, squares[:, 0], squares[:, 1])
+    factors = jnp.stack([rates, flags], axis=1)
+    (new_params,), _ = run("lamb_params", second, s, [params], [new_mu, new_nu], factors=factors)
+    return new_params, new_mu, new_nu
 
 
 def lamb_reference(
@@ -113,24 +142,29 @@ def lamb_choice(
     implementation: str | None = None, **__: Any,
 ) -> dispatch.Choice:  # fmt: skip
     """Which implementation `lamb` would run."""
-    return dispatch.choose("lamb", implementation, (params, grads, mu, nu), unserved="LAMB has no kernel yet")
+    arrays = (params, grads, mu, nu)
+    return dispatch.choose("lamb", implementation, arrays, unserved=unserved(arrays))
+
+
+def trust_ratio(trust: TrustRatio, param_square: jax.Array, step_square: jax.Array) -> jax.Array:
+    """||param|| / ||step|| within the limits, of squared norms; 1 where either is 0."""
+    defined = (param_square > 0) & (step_square > 0)
+    ratio = jnp.sqrt(param_square) / jnp.sqrt(jnp.where(defined, step_square, 1))
+    return jnp.where(defined, jnp.clip(ratio, trust.minimum, trust.maximum), 1)
 
 
 def lamb_delta(
-    s: Scalars, trust: TrustRatio, p: jax.Array, g: jax.Array, mu: jax.Array, nu: jax.Array, decay: bool
+    s: Scalars, trust: TrustRatio, p: jax.Array, g: jax.Array, mu: jax.Array, nu: jax.Array, decay: Any
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """What one step adds to a leaf, and its new moments; arguments are those of `adam.direction`."""
-    step, mu, nu = direction(s, p, g, mu, nu, decay)
-    norms = [jnp.sqrt(jnp.sum(x * x)) for x in (p, step)]
-    defined = (norms[0] > 0) & (norms[1] > 0)
-    ratio = jnp.clip(norms[0] / jnp.where(defined, norms[1], 1), trust.minimum, trust.maximum)
-    return -s.learning_rate * jnp.where(defined, ratio, 1) * step, mu, nu
+    """What one step adds to a leaf, and its new moments; arguments are those of `adam.moments`."""
+    g, mu, nu = moments(s, p, g, mu, nu, decay)
+    step = direction(s, p, None, mu, nu, decay)
+    return -s.learning_rate * trust_ratio(trust, jnp.sum(p * p), jnp.sum(step * step)) * step, mu, nu
 
 
 def _step(
-    s: Scalars, trust: TrustRatio, p: jax.Array, g: jax.Array, mu: jax.Array, nu: jax.Array, decay: bool
+    s: Scalars, trust: TrustRatio, p: jax.Array, g: jax.Array, mu: jax.Array, nu: jax.Array, decay: Any
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     wide = widen(p)
     delta, new_mu, new_nu = lamb_delta(s, trust, wide, widen(g), widen(mu), widen(nu), decay)
-    keep = lambda new, old: jnp.where(s.apply > 0, new.astype(old.dtype), old)
-    return keep(wide + delta, p), keep(new_mu, mu), keep(new_nu, nu)
+    return keep(s, wide + delta, p), keep(s, new_mu, mu), keep(s, new_nu, nu)

@@ -22,6 +22,8 @@ from pallas_kernels import dispatch, tiles
 from pallas_kernels.dispatch import plgpu
 
 THREADS = 128  # of a warpgroup
+CHUNK = 1024  # sums of blocks that are added at once
+_WARPGROUP = plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,33 +59,51 @@ def run(
     written: Sequence[Sequence[jax.Array]],
     read: Sequence[Sequence[jax.Array]],
     *,
+    factors: jax.Array,
+    sums: int = 0,
     config: Config,
     implementation: str,
-) -> list[list[jax.Array]]:
+) -> tuple[list[list[jax.Array]], jax.Array]:
     """Runs `body` over each element of each leaf, in place where the caller donates.
 
     Args:
       name: Of the kernel, as profiles show it.
       body: `body(scalars, *arrays) -> new`, elementwise: `arrays` are blocks of one leaf's `written` and `read`
-        arrays, in their own dtypes, and `new` those of its `written` ones.
+        arrays, in their own dtypes, then one filled with each of its factors; `new` are the blocks of its
+        `written` arrays, then `sums` float32 ones. Beyond a leaf's end `arrays` are zero.
       scalars: float32[k], handed to `body` as a list.
       written: For each array that changes, its leaves: `written[a][leaf]`.
       read: Likewise for arrays that do not change.
+      factors: float32[leaves, k], numbers of each leaf.
+      sums: How many of `body`'s results are summed over each leaf, in a fixed order.
       config: Launch choices.
       implementation: "mosaic" or "interpret".
 
     Returns:
-      `written`, new.
+      `written`, new; and float32[leaves, sums].
     """
     flat = [[x.reshape(-1) for x in leaves] for leaves in (*written, *read)]
     new = [list(leaves) for leaves in written]
-    launch = _launch if implementation == "mosaic" else _simulate
-    for some in _groups(flat, config if implementation == "mosaic" else dataclasses.replace(config, max_leaves=1)):
-        arrays = [[leaves[i] for i in some] for leaves in flat]
-        for a, leaves in enumerate(launch(name, body, scalars, arrays, len(written), config)):
+    totals = jnp.zeros((len(flat[0]), sums), jnp.float32)
+    simulated = implementation == "interpret"
+    for some in _groups(flat, dataclasses.replace(config, max_leaves=1) if simulated else config):
+        index = jnp.array(some)
+        launch = _Launch(
+            name=name,
+            body=body,
+            scalars=scalars,
+            arrays=[[leaves[i] for i in some] for leaves in flat],
+            writes=len(written),
+            factors=factors[index],
+            sums=sums,
+            config=config,
+        )
+        arrays, part = launch.simulate() if simulated else launch.run()
+        totals = totals.at[index].set(part)
+        for a, leaves in enumerate(arrays):
             for i, x in zip(some, leaves, strict=True):
                 new[a][i] = x.reshape(written[a][i].shape)
-    return new
+    return new, totals
 
 
 def _groups(flat: list[list[jax.Array]], config: Config) -> Iterator[list[int]]:
@@ -104,71 +124,127 @@ def _groups(flat: list[list[jax.Array]], config: Config) -> Iterator[list[int]]:
             yield group
 
 
-def _launch(
-    name: str, body: Body, scalars: jax.Array, arrays: list[list[jax.Array]], writes: int, config: Config
-) -> list[list[jax.Array]]:
-    """One launch over all leaves; `arrays[a][leaf]`, flat, the first `writes` of them updated in place."""
-    sizes = [x.size for x in arrays[0]]
-    starts = [0, *itertools.accumulate(math.ceil(n / config.block) for n in sizes)]
-    layout: Any = plgpu.Layout.WG_STRIDED((config.block,), vec_size=config.vector)
-    block = lambda leaves: plgpu.ShapeDtypeStruct((config.block,), leaves[0].dtype, layout=layout)
-    count = len(sizes)
-    by_leaf = lambda refs: [refs[leaf::count] for leaf in range(count)]
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Launch:
+    """One launch, of leaves that share their dtypes; `arrays[a][leaf]`, flat, the first `writes` of them written."""
 
-    def kernel(scalars_ref: Any, *refs: Any) -> None:
-        index = jax.lax.axis_index("blocks")
-        whole = [plgpu.RefType()] * len(refs)
+    name: str
+    body: Body
+    scalars: jax.Array
+    arrays: list[list[jax.Array]]
+    writes: int
+    factors: jax.Array
+    sums: int
+    config: Config
 
-        @plgpu.inline_mgpu(
-            arg_types=(plgpu.Layout.WG_SPLAT, *whole), return_type=tuple(block(leaves) for leaves in arrays)
-        )
-        def load(_: Any, index: Any, *refs: Any) -> tuple[Any, ...]:
-            return tuple(tile.load() for tile in tiles.select(index, by_leaf(refs), starts, layout.to_mgpu()))
+    def run(self) -> tuple[list[list[jax.Array]], jax.Array]:
+        """The launch on a GPU: new arrays, and sums of each leaf."""
+        count, writes, block = len(self.arrays[0]), self.writes, self.config.block
+        starts = [0, *itertools.accumulate(math.ceil(x.size / block) for x in self.arrays[0])]
+        layout: Any = plgpu.Layout.WG_STRIDED((block,), vec_size=self.config.vector)
+        tile = lambda dtype: plgpu.ShapeDtypeStruct((block,), dtype, layout=layout)
+        width = self.factors.shape[1]
+        inputs = [*(tile(leaves[0].dtype) for leaves in self.arrays), *[tile(jnp.float32)] * width]
 
-        @plgpu.inline_mgpu(
-            arg_types=(plgpu.Layout.WG_SPLAT, *[layout] * writes, *whole[: writes * count]), return_type=()
-        )
-        def store(_: Any, index: Any, *new_and_refs: Any) -> tuple[Any, ...]:
-            new, refs = new_and_refs[:writes], new_and_refs[writes:]
-            for tile, x in zip(tiles.select(index, by_leaf(refs), starts, layout.to_mgpu()), new, strict=True):
-                tile.store(x)
-            return ()
+        def select(index: Any, refs: Sequence[Any]) -> tuple[list[tiles.Tile], Any]:
+            leaves = [refs[leaf : len(self.arrays) * count : count] for leaf in range(count)]
+            return tiles.select(index, leaves, starts, layout.to_mgpu())
 
-        new = body([scalars_ref[k] for k in range(scalars.size)], *load(index, *refs))
-        store(index, *new, *refs[: writes * count])
+        def kernel(scalars_ref: Any, *refs: Any) -> None:
+            refs, partials = refs[: len(refs) - self.sums], refs[len(refs) - self.sums :]
+            index = jax.lax.axis_index("blocks")
+            whole = [plgpu.RefType()] * len(refs)
 
-    refs = [jax.new_ref(x) for leaves in arrays[:writes] for x in leaves]
-    plgpu.kernel(
+            @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WG_SPLAT, *whole), return_type=tuple(inputs))
+            def load(_: Any, index: Any, *refs: Any) -> tuple[Any, ...]:
+                chosen, leaf = select(index, refs)
+                factors = [tiles.splat(refs[-1], leaf, k, width, layout.to_mgpu()) for k in range(width)]
+                return (*(tile.load() for tile in chosen), *factors)
+
+            @plgpu.inline_mgpu(
+                arg_types=(plgpu.Layout.WG_SPLAT, *[layout] * writes, *whole[: writes * count]), return_type=()
+            )
+            def store(_: Any, index: Any, *new_and_refs: Any) -> tuple[Any, ...]:
+                new, refs = new_and_refs[:writes], new_and_refs[writes:]
+                for tile, x in zip(select(index, refs)[0], new, strict=True):
+                    tile.store(x)
+                return ()
+
+            new = self.body([scalars_ref[k] for k in range(self.scalars.size)], *load(index, *refs))
+            for ref, x in zip(partials, new[writes:], strict=True):
+                ref[index] = jnp.sum(x)
+            if writes:
+                store(index, *new[:writes], *refs[: writes * count])
+
+        refs = [jax.new_ref(x) for leaves in self.arrays[:writes] for x in leaves]
+        read = [*itertools.chain(*self.arrays[writes:]), self.factors.reshape(-1)]
+        partials = plgpu.kernel(
+            kernel,
+            out_type=[jax.ShapeDtypeStruct((starts[-1] + CHUNK,), jnp.float32)] * self.sums,
+            grid=(starts[-1],),
+            grid_names=("blocks",),
+            kernel_name=f"zerojax_{self.name}",
+            compiler_params=_WARPGROUP,
+        )(self.scalars, *refs, *read)
+        new = [jax.freeze(ref) for ref in refs]
+        return [new[a * count : (a + 1) * count] for a in range(writes)], _totals(partials, starts)
+
+    def simulate(self) -> tuple[list[list[jax.Array]], jax.Array]:
+        """The same on a CPU, for one leaf: the interpreter knows no addresses, and its last block is padded."""
+        size, block = self.arrays[0][0].size, THREADS * self.config.vector
+        refs = [jax.new_ref(jnp.pad(x, (0, -size % block))) for (x,) in self.arrays]
+        blocks = math.ceil(size / block)
+
+        def kernel(scalars_ref: Any, factors_ref: Any, *refs: Any) -> None:
+            index = jax.lax.axis_index("blocks")
+            arrays, sums = refs[: len(self.arrays)], refs[len(self.arrays) :]
+            here = pl.ds(index * block, block)
+            factors = [jnp.full(block, factors_ref[0, k]) for k in range(self.factors.shape[1])]
+            loaded = [*(ref[here] for ref in arrays), *factors]
+            new = self.body([scalars_ref[k] for k in range(self.scalars.size)], *loaded)
+            for ref, x in zip(arrays, new[: self.writes], strict=False):
+                ref[here] = x
+            for ref, x in zip(sums, new[self.writes :], strict=True):
+                ref[index] = jnp.sum(x)
+
+        partials = plgpu.kernel(
+            kernel,
+            out_type=[jax.ShapeDtypeStruct((blocks,), jnp.float32)] * self.sums,
+            grid=(blocks,),
+            grid_names=("blocks",),
+            kernel_name=f"zerojax_{self.name}",
+            interpret=dispatch.interpret_params("interpret"),
+        )(self.scalars, self.factors, *refs)
+        totals = jnp.array([[jnp.sum(x) for x in partials]], jnp.float32).reshape(1, self.sums)
+        return [[jax.freeze(ref)[:size]] for ref in refs[: self.writes]], totals
+
+
+def _totals(partials: Sequence[jax.Array], starts: Sequence[int]) -> jax.Array:
+    """float32[leaves, sums] from sums of blocks: one thread block a leaf, in a fixed order."""
+    if not partials:
+        return jnp.zeros((len(starts) - 1, 0), jnp.float32)
+    layout = plgpu.Layout.WG_STRIDED((CHUNK,), vec_size=1)
+
+    def kernel(starts_ref: Any, *refs: Any) -> None:
+        leaf = jax.lax.axis_index("leaves")
+        start = starts_ref[leaf]
+        blocks = starts_ref[leaf + 1] - start
+        lane = plgpu.layout_cast(jax.lax.broadcasted_iota(jnp.int32, (CHUNK,), 0), layout)
+        for ref, out in zip(refs[: len(partials)], refs[len(partials) :], strict=True):
+
+            def add(c: Any, total: jax.Array, ref: Any = ref) -> jax.Array:
+                x = plgpu.load(ref.at[pl.ds(start + c * CHUNK, CHUNK)], layout=layout)
+                return total + jnp.where(lane + c * CHUNK < blocks, x, 0.0)
+
+            zero = plgpu.layout_cast(jnp.zeros(CHUNK, jnp.float32), layout)
+            out[leaf] = jnp.sum(jax.lax.fori_loop(0, (blocks + CHUNK - 1) // CHUNK, add, zero))
+
+    totals = plgpu.kernel(
         kernel,
-        out_type=(),
-        grid=(starts[-1],),
-        grid_names=("blocks",),
-        kernel_name=f"zerojax_{name}",
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
-    )(scalars, *refs, *itertools.chain(*arrays[writes:]))
-    new = [jax.freeze(ref) for ref in refs]
-    return [new[a * count : (a + 1) * count] for a in range(writes)]
-
-
-def _simulate(
-    name: str, body: Body, scalars: jax.Array, arrays: list[list[jax.Array]], writes: int, config: Config
-) -> list[list[jax.Array]]:
-    """The same on a CPU for one leaf: the interpreter knows no addresses, and its last block is padded."""
-    size, block = arrays[0][0].size, THREADS * config.vector
-    refs = [jax.new_ref(jnp.pad(x, (0, -size % block))) for (x,) in arrays]
-
-    def kernel(scalars_ref: Any, *refs: Any) -> None:
-        here = pl.ds(jax.lax.axis_index("blocks") * block, block)
-        new = body([scalars_ref[k] for k in range(scalars.size)], *[ref[here] for ref in refs])
-        for ref, x in zip(refs, new, strict=False):
-            ref[here] = x
-
-    plgpu.kernel(
-        kernel,
-        out_type=(),
-        grid=(math.ceil(size / block),),
-        grid_names=("blocks",),
-        kernel_name=f"zerojax_{name}",
-        interpret=dispatch.interpret_params("interpret"),
-    )(scalars, *refs)
-    return [[jax.freeze(ref)[:size]] for ref in refs[:writes]]
+        out_type=[jax.ShapeDtypeStruct((len(starts) - 1,), jnp.float32)] * len(partials),
+        grid=(len(starts) - 1,),
+        grid_names=("leaves",),
+        kernel_name="zerojax_totals",
+        compiler_params=_WARPGROUP,
+    )(jnp.array(starts, jnp.int32), *partials)
+    return jnp.stack(totals, axis=1)

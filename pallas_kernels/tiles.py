@@ -98,8 +98,8 @@ class Tile:
 
 def select(
     index: Any, leaves: Sequence[Sequence[ir.Value]], starts: Sequence[int], layout: mgpu.WGStridedFragLayout
-) -> list[Tile]:
-    """The tiles of block `index` of a launch.
+) -> tuple[list[Tile], ir.Value]:
+    """The tiles of block `index` of a launch, and the number of its leaf.
 
     Args:
       index: int32 scalar.
@@ -109,7 +109,7 @@ def select(
     """
     index = arith.index_cast(_index(), index if isinstance(index, ir.Value) else index.registers.item())
     (block,) = layout.shape
-    types = [_any_length(ref) for ref in leaves[0]] + [_index()] * 2
+    types = [_any_length(ref) for ref in leaves[0]] + [_index()] * 3
 
     def pick(low: int, high: int) -> list[ir.Value]:
         if high - low == 1:
@@ -117,7 +117,7 @@ def select(
             plain = [memref.cast(_any_length(ref, in_global=False), ref) for ref in leaves[low]]
             refs = [memref.memory_space_cast(_any_length(ref), ref) for ref in plain]
             size = ir.MemRefType(leaves[low][0].type).shape[0]
-            return [*refs, _constant(_index(), starts[low]), _constant(_index(), size)]
+            return [*refs, *(_constant(_index(), n) for n in (starts[low], size, low))]
         half = (starts[low] + starts[high]) // 2
         middle = min(range(low + 1, high), key=lambda k: abs(starts[k] - half))
         branch = scf.IfOp(_less(index, _constant(_index(), starts[middle])), types, has_else=True)
@@ -126,9 +126,17 @@ def select(
                 scf.yield_(pick(*bounds))
         return list(branch.results)
 
-    *refs, start, size = pick(0, len(leaves))
+    *refs, start, size, leaf = pick(0, len(leaves))
     offset = arith.muli(arith.subi(index, start), _constant(_index(), block))
-    return [Tile(ref, offset, size, layout) for ref in refs]
+    return [Tile(ref, offset, size, layout) for ref in refs], leaf
+
+
+def splat(ref: ir.Value, row: ir.Value, column: int, width: int, layout: Any) -> mgpu.FragmentedArray:
+    """A block filled with one number of a flat [rows, width] array."""
+    number = memref.load(ref, [_plus(arith.muli(row, _constant(_index(), width)), column)])
+    register = vector.broadcast(layout.registers_element_type(number.type), number)
+    registers = np.full(layout.registers_shape(layout.shape), register, dtype=object)
+    return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
 
 
 def _any_length(ref: ir.Value, *, in_global: bool = True) -> ir.Type:

@@ -88,7 +88,8 @@ def fused_adam(
       (0.9, 1)
     """
     scalars = functools.partial(adam_scalars, b1=b1, b2=b2, eps=eps, eps_root=eps_root, nesterov=nesterov)
-    op, choice = (functools.partial(f, implementation=implementation) for f in (adam, adam_choice))
+    op = functools.partial(adam, implementation=implementation)
+    choice = functools.partial(adam_choice, implementation=implementation)
     return _fused(op, choice, adam_delta, scalars, learning_rate, mu_dtype=mu_dtype, nu_dtype=nu_dtype, mask=False)
 
 
@@ -136,7 +137,8 @@ def fused_adamw(
       (0.9989999, 0.999)
     """
     scalars = functools.partial(adam_scalars, b1=b1, b2=b2, eps=eps, eps_root=eps_root, nesterov=nesterov)
-    op, choice = (functools.partial(f, implementation=implementation) for f in (adam, adam_choice))
+    op = functools.partial(adam, implementation=implementation)
+    choice = functools.partial(adam_choice, implementation=implementation)
     dtypes = {"mu_dtype": mu_dtype, "nu_dtype": nu_dtype}
     return _fused(op, choice, adam_delta, scalars, learning_rate, **dtypes, weight_decay=weight_decay, mask=mask)
 
@@ -326,7 +328,7 @@ def _fused(
 ) -> FusedTransformation:
     """The transformation of an op of `pallas_kernels` on lists of leaves, its `choice`, and its `delta` on one leaf.
 
-    `norms` says that the step needs the params, decay or not.
+    `norms` says that a step depends on the norm of the whole param.
     """
     mu_dtype, nu_dtype = _moment_dtypes(mu_dtype, nu_dtype)
 
@@ -345,7 +347,8 @@ def _fused(
             raise ValueError("this optimizer needs the params: call update(grads, state, params).")
         grads, treedef = _flatten(updates)
         lists = [grads, *map(treedef.flatten_up_to, (state.mu, state.nu))]
-        weights = [None] * len(grads) if params is None else treedef.flatten_up_to(params)
+        unused = params is None or (mask is False and not norms)
+        weights = [None] * len(grads) if unused else treedef.flatten_up_to(params)
         decay = _decayed(mask, params, len(grads))
         s = scalars_of(state.count)
         stepped = [
@@ -371,7 +374,7 @@ def _fused(
         trees = (leaves, *map(treedef.flatten_up_to, (grads, state.mu, state.nu)))
         run: Callable[..., Any] = functools.partial(op, decay=_decayed(mask, params, len(leaves)))
         if plan is not None and choice(*trees).implementation != "xla":
-            run = _on_shards(run, plan)
+            run = _on_shards(functools.partial(run, across=_sum_over_shards(plan)) if norms else run, plan)
         new = run(*trees, scalars_of(state.count, True if finite is None else finite))
         params, mu, nu = map(treedef.unflatten, new)
         count = _keep(finite, optax.safe_increment(state.count), state.count)
@@ -384,6 +387,20 @@ def _on_shards(op: Callable[..., Any], plan: Plan) -> Callable[..., Any]:
     """A kernel on lists of leaves, run by each device on its shards: on global arrays XLA would gather them for it."""
     specs = plan.treedef.flatten_up_to(plan.update_specs)
     return jax.shard_map(op, in_specs=((specs,) * 4) + (PartitionSpec(),), out_specs=(specs,) * 3, check_vma=False)
+
+
+def _sum_over_shards(plan: Plan) -> Callable[[jax.Array], jax.Array]:
+    """Sums [leaves, k], numbers of each leaf's shard, over the devices that share the leaf; inside `_on_shards`."""
+    specs = plan.treedef.flatten_up_to(plan.update_specs)
+    cut = [tuple(name for entry in spec for name in meshes.axis_names(entry)) for spec in specs]
+
+    def across(x: jax.Array) -> jax.Array:
+        for axes in sorted(set(cut) - {()}):
+            here = jnp.array([axes == other for other in cut])[:, None]
+            x = jnp.where(here, jax.lax.psum(jnp.where(here, x, 0), axes), x)
+        return x
+
+    return across
 
 
 def _flatten(tree: PyTree) -> tuple[list[Any], Any]:

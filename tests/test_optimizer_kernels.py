@@ -1,0 +1,134 @@
+"""The optimizer kernels themselves: values by interpretation, and what they lower to for a GPU."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh
+
+import pallas_kernels
+from pallas_kernels import dispatch, leaves
+
+NEW_JAX = pytest.mark.skipif(bool(dispatch.too_old()), reason="kernels need a newer jax")
+SHAPES = [(1000,), (3, 5), (), (0, 4), (129,), (300, 7)]
+OPS = {
+    "adam": (pallas_kernels.adam, pallas_kernels.adam_reference, pallas_kernels.adam_scalars),
+    "lamb": (pallas_kernels.lamb, pallas_kernels.lamb_reference, pallas_kernels.lamb_scalars),
+}
+
+
+def state(shapes=SHAPES, dtype="float32", grad_dtype="float32"):
+    rng = np.random.default_rng(0)
+    normal = lambda dtype: [jnp.asarray(rng.standard_normal(shape), dtype) for shape in shapes]
+    params, grads, mu = normal(dtype), normal(grad_dtype), normal("float32")
+    return params, grads, mu, [x**2 for x in normal("float32")]
+
+
+def h200():
+    device = AbstractDevice(device_kind="NVIDIA H200", num_cores=None, platform="gpu")
+    return jax.sharding.use_abstract_mesh(AbstractMesh((), (), (), abstract_device=device))
+
+
+def lower(op, args, **options):
+    with h200():
+        run = jax.jit(functools.partial(op, **options), donate_argnums=(0, 2, 3))
+        return run.trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@NEW_JAX
+@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_interpreted_kernel_equals_reference(name, dtype):
+    op, reference, scalars = OPS[name]
+    args = state(dtype=dtype, grad_dtype=dtype)
+    s = scalars(3, 1e-2, weight_decay=0.1, scale=0.5)
+    decay = [True, False, True, True, False, True]
+    got = op(*args, s, decay=decay, implementation="interpret")
+    want = reference(*args, s, decay=decay)
+    # One rounding of the param more or less; LAMB's norms are summed in another order.
+    rtol = 2e-6 if dtype == "float32" else 2**-7
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=rtol, atol=2e-6), got, want)
+    assert [x.dtype for x in got[0]] == [x.dtype for x in args[0]]
+
+
+@NEW_JAX
+@pytest.mark.parametrize("name", OPS)
+def test_a_step_that_is_not_applied_changes_nothing(name):
+    op, _, scalars = OPS[name]
+    params, grads, mu, nu = state()
+    grads[0] = grads[0].at[3].set(jnp.nan)
+    for implementation in ("interpret", "xla"):
+        got = op(params, grads, mu, nu, scalars(1, 1e-2, apply=False), implementation=implementation)
+        jax.tree.map(np.testing.assert_array_equal, got, (params, mu, nu))
+
+
+@NEW_JAX
+@pytest.mark.parametrize("name", OPS)
+def test_many_leaves_are_few_launches_in_place(name):
+    op, _, scalars = OPS[name]
+    args = state(shapes=[(40 + i,) for i in range(60)])
+    text = lower(op, (*args, scalars(1, 1e-2)), implementation="mosaic")
+    kernels = text.count("stablehlo.custom_call @mosaic_gpu_v2")
+    assert kernels == {"adam": 1, "lamb": 3}[name]  # moments, sums of squares, params
+    assert text.count("output_operand_alias<") == 3 * 60
+
+
+@NEW_JAX
+def test_large_leaves_share_a_launch_by_the_dozen():
+    S = jax.ShapeDtypeStruct
+    leaves_of = [S((2**22,), jnp.float32)] * 64
+    s = jax.eval_shape(lambda: pallas_kernels.adam_scalars(1, 1e-2))
+    text = lower(pallas_kernels.adam, (leaves_of, leaves_of, leaves_of, leaves_of, s))
+    assert text.count("stablehlo.custom_call @mosaic_gpu_v2") == 3  # 24, 24 and 16
+
+
+@NEW_JAX
+def test_leaves_of_other_dtypes_have_launches_of_their_own():
+    params, grads, mu, nu = state(shapes=[(256,), (128,)])
+    params[0], grads[1] = params[0].astype(jnp.bfloat16), grads[1].astype(jnp.bfloat16)
+    text = lower(pallas_kernels.adam, (params, grads, mu, nu, pallas_kernels.adam_scalars(1, 1e-2)))
+    assert text.count("stablehlo.custom_call @mosaic_gpu_v2") == 2
+
+
+def test_bias_correction_is_exact_at_the_first_step():
+    s = pallas_kernels.adam_scalars(1, 1e-3, b1=0.9, b2=0.999)
+    np.testing.assert_allclose([s.mu_factor, s.nu_factor], [10, 1000], rtol=3e-7)
+    late = pallas_kernels.adam_scalars(2**31 - 1, 1e-3)
+    np.testing.assert_allclose([late.mu_factor, late.nu_factor], [1, 1], rtol=1e-7)
+    none = pallas_kernels.adam_scalars(1, 1e-3, b1=0.0)
+    assert float(none.mu_factor) == 1
+
+
+def test_explain_says_which_and_why():
+    leaf = [jax.ShapeDtypeStruct((4,), "float32")]
+    text = pallas_kernels.explain("adam", leaf, leaf, leaf, leaf)
+    assert text.startswith("adam runs xla: kernels need")
+    double = [jax.ShapeDtypeStruct((4,), "float64")]
+    assert "not float64" in pallas_kernels.explain(pallas_kernels.lamb, double, leaf, leaf, leaf)
+    if not dispatch.too_old():
+        with h200():
+            assert pallas_kernels.explain("lamb", leaf, leaf, leaf, leaf).startswith("lamb runs mosaic")
+    with pytest.raises(ValueError, match="op must be one of adam, lamb"):
+        pallas_kernels.explain("gelu")
+
+
+def test_bad_input_is_refused_by_name():
+    params, grads, mu, nu = state()
+    s = pallas_kernels.adam_scalars(1, 1e-2)
+    with pytest.raises(ValueError, match=r"adam: leaf 1 has shape \[2\] in grads, \[3, 5\] in params"):
+        pallas_kernels.adam(params, [grads[0], jnp.ones(2), *grads[2:]], mu, nu, s)
+    with pytest.raises(ValueError, match=r"lists of one length are wanted.*5 grads"):
+        pallas_kernels.adam(params, grads[:5], mu, nu, s)
+    with pytest.raises(TypeError, match="leaf 0 of params has dtype int32"):
+        pallas_kernels.lamb([jnp.arange(2)], [jnp.ones(2)], [jnp.ones(2)], [jnp.ones(2)], s)
+    with pytest.raises(ValueError, match="implementation='mosaic' cannot run: kernels need"):
+        pallas_kernels.adam(params, grads, mu, nu, s, implementation="mosaic")
+
+
+def test_groups_keep_order_and_limits():
+    flat = [[jnp.zeros(n) for n in (5, 0, 7, 9, 11)]]
+    groups = functools.partial(leaves._groups, flat)
+    assert list(groups(leaves.Config(leaves=2, elements=12))) == [[0, 2], [3, 4]]
+    assert list(groups(leaves.Config(max_leaves=3))) == [[0, 2, 3], [4]]
