@@ -21,6 +21,7 @@ from pallas_kernels.dispatch import Choice
 from pallas_kernels.lamb import TrustRatio, lamb, lamb_choice, lamb_delta, lamb_scalars
 from zerojax import meshes
 from zerojax.plan import Plan
+from zerojax.scaling import update_as_scale
 from zerojax.zero import ZeroTransformation
 
 PyTree = Any
@@ -31,8 +32,9 @@ class FusedTransformation(optax.GradientTransformationExtraArgs):
     """An Optax transformation that can also update and apply in one pass.
 
     Attributes:
-      apply: `apply(grads, state, params, *, plan=None, finite=None, **extra_args) -> (params, state)`. `plan` says how
-        global arrays are cut; `finite`, a bool scalar, leaves everything as it is where it is False.
+      apply: `apply(grads, state, params, *, plan=None, finite=None, scale=1.0, **extra_args) -> (params, state)`.
+        `plan` says how global arrays are cut; `finite`, a bool scalar, leaves everything as it is where it is False;
+        `scale` multiplies the gradients.
     """
 
     apply: Callable[..., tuple[PyTree, PyTree]]
@@ -223,12 +225,13 @@ def chain(*transforms: optax.GradientTransformation) -> optax.GradientTransforma
     *links, last = map(optax.with_extra_args_support, transforms)
 
     def apply(grads: PyTree, state: PyTree, params: PyTree, **options: Any) -> tuple[PyTree, PyTree]:
-        extra = {k: v for k, v in options.items() if k not in ("plan", "finite")}
-        states = []
+        extra = {k: v for k, v in options.items() if k not in ("plan", "finite", "scale")}
+        scale, states = options.pop("scale", 1.0), []
         for link, old in zip(links, state[:-1], strict=True):
-            grads, new = link.update(grads, old, params, **extra)
+            grads, factor, new = update_as_scale(link, grads, old, params, **extra)
+            scale = scale if factor is None else scale * factor
             states.append(_keep(options.get("finite"), new, old))
-        params, new = last.apply(grads, state[-1], params, **options)
+        params, new = last.apply(grads, state[-1], params, scale=scale, **options)
         return params, (*states, new)
 
     return FusedTransformation(chained.init, chained.update, apply)
@@ -245,7 +248,9 @@ def apply(
       tx: Any Optax transformation.
       grads: Gradients.
       state: Of `tx.init(params)`.
-      params: Params. Donate them and the state to the jit around this call, and the update is in place.
+      params: Params. Donate them and the state to the jit around this call, and the update is in place; in the order in
+        which they are returned, `jax.jit(lambda params, state, grads: ..., donate_argnums=(0, 1))`, since JAX pairs
+        donated buffers with results of their shape by position and copies what it cannot pair.
       **extra_args: What transformations ask for by name, `value` for instance.
 
     Returns:
@@ -335,10 +340,10 @@ def _fused(
     def init(params: PyTree) -> optax.ScaleByAdamState:
         return optax.ScaleByAdamState(jnp.zeros([], jnp.int32), _zeros(params, mu_dtype), _zeros(params, nu_dtype))
 
-    def scalars_of(count: jax.Array, apply: Any = True) -> Any:
+    def scalars_of(count: jax.Array, **once: Any) -> Any:
         at = lambda x: x(count) if callable(x) else x
         options = {} if mask is False else {"weight_decay": at(weight_decay)}
-        return scalars(optax.safe_increment(count), at(learning_rate), apply=apply, **options)
+        return scalars(optax.safe_increment(count), at(learning_rate), **once, **options)
 
     def update(
         updates: PyTree, state: optax.ScaleByAdamState, params: PyTree | None = None, **_: Any
@@ -368,6 +373,7 @@ def _fused(
         *,
         plan: Plan | None = None,
         finite: jax.Array | None = None,
+        scale: Any = 1.0,
         **_: Any,
     ) -> tuple[PyTree, optax.ScaleByAdamState]:
         leaves, treedef = _flatten(params)
@@ -375,7 +381,7 @@ def _fused(
         run: Callable[..., Any] = functools.partial(op, decay=_decayed(mask, params, len(leaves)))
         if plan is not None and choice(*trees).implementation != "xla":
             run = _on_shards(functools.partial(run, across=_sum_over_shards(plan)) if norms else run, plan)
-        new = run(*trees, scalars_of(state.count, True if finite is None else finite))
+        new = run(*trees, scalars_of(state.count, scale=scale, apply=True if finite is None else finite))
         params, mu, nu = map(treedef.unflatten, new)
         count = _keep(finite, optax.safe_increment(state.count), state.count)
         return params, optax.ScaleByAdamState(count, mu, nu)
