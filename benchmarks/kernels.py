@@ -4,7 +4,7 @@
     python benchmarks/kernels.py adamw/1.3B lamb     # those whose name holds one of these
 
 A time is the sum of the kernels' durations that the profiler saw on the device, a mean over steps after two to warm up.
-The sets of small leaves fit into the L2, 63 MB, or nearly: they are timed as a step finds them, read by the step before.
+The sets of small leaves fit into the L2, 63 MB, or nearly: they are timed as a loop finds them, not read from memory.
 GB/s counts the bytes that the op cannot do without (bytes_per_param), whatever an implementation really moves.
 """
 

@@ -1,17 +1,22 @@
 """Pallas kernels for NVIDIA GPUs; each works on the arrays of one device and knows no mesh."""
 
+from collections.abc import Callable
 from typing import Any
 
 from pallas_kernels.adam import adam as adam
 from pallas_kernels.adam import adam_choice
 from pallas_kernels.adam import adam_reference as adam_reference
 from pallas_kernels.adam import adam_scalars as adam_scalars
+from pallas_kernels.dispatch import Choice
 from pallas_kernels.lamb import lamb as lamb
 from pallas_kernels.lamb import lamb_choice
 from pallas_kernels.lamb import lamb_reference as lamb_reference
 from pallas_kernels.lamb import lamb_scalars as lamb_scalars
+from pallas_kernels.softmax import softmax as softmax
+from pallas_kernels.softmax import softmax_choice
+from pallas_kernels.softmax import softmax_reference as softmax_reference
 
-_CHOICES = {"adam": adam_choice, "lamb": lamb_choice}
+_CHOICES: dict[str, Callable[..., Choice]] = {"adam": adam_choice, "lamb": lamb_choice, "softmax": softmax_choice}
 
 
 def explain(op: Any, *args: Any, **kwargs: Any) -> str:

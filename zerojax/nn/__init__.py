@@ -1,3 +1,4 @@
-"""Flax modules and module transforms."""
+"""Flax Linen modules that know ZeRO, and functions and layers over `pallas_kernels`."""
 
+from zerojax.nn.functions import softmax as softmax
 from zerojax.nn.linen import gathered as gathered
