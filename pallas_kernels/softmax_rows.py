@@ -54,7 +54,8 @@ _ROW, _BLOCK, _TWO, _FOUR = (
     Config(warps=16, warpgroups=4),
 )
 # (columns, itemsize, backward) -> what was fastest on an H200, where that is not what the rule below gives; beside it
-# what part that is of a copy's bandwidth (jax 0.11.2, 2**28 elements; benchmarks/results/softmax-nvidia-h200.md has all that was tried).
+# what part that is of a copy's bandwidth (jax 0.11.2, 2**28 elements). All that was tried:
+# benchmarks/results/softmax-nvidia-h200.md.
 _TUNED: dict[tuple[int, int, bool], Config] = {
     (512, 2, False): _ROW,  # 0.95 of the copy
     (512, 4, False): _BLOCK,  # 0.93
