@@ -12,11 +12,19 @@ from pallas_kernels.lamb import lamb as lamb
 from pallas_kernels.lamb import lamb_choice
 from pallas_kernels.lamb import lamb_reference as lamb_reference
 from pallas_kernels.lamb import lamb_scalars as lamb_scalars
+from pallas_kernels.layer_norm import layer_norm as layer_norm
+from pallas_kernels.layer_norm import layer_norm_choice
+from pallas_kernels.layer_norm import layer_norm_reference as layer_norm_reference
 from pallas_kernels.softmax import softmax as softmax
 from pallas_kernels.softmax import softmax_choice
 from pallas_kernels.softmax import softmax_reference as softmax_reference
 
-_CHOICES: dict[str, Callable[..., Choice]] = {"adam": adam_choice, "lamb": lamb_choice, "softmax": softmax_choice}
+_CHOICES: dict[str, Callable[..., Choice]] = {
+    "adam": adam_choice,
+    "lamb": lamb_choice,
+    "layer_norm": layer_norm_choice,
+    "softmax": softmax_choice,
+}
 
 
 def explain(op: Any, *args: Any, **kwargs: Any) -> str:

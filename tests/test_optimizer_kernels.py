@@ -110,7 +110,7 @@ def test_explain_says_which_and_why():
     if not dispatch.too_old():
         with h200():
             assert pallas_kernels.explain("lamb", leaf, leaf, leaf, leaf).startswith("lamb runs mosaic")
-    with pytest.raises(ValueError, match="op must be one of adam, lamb, softmax"):
+    with pytest.raises(ValueError, match="op must be one of adam, lamb, layer_norm, softmax"):
         pallas_kernels.explain("gelu")
 
 

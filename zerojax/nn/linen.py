@@ -1,4 +1,4 @@
-"""Flax Linen: layers whose params are gathered where they are used."""
+"""Flax Linen: layers whose params are gathered where they are used, and a LayerNorm that runs as one kernel."""
 
 from __future__ import annotations
 
@@ -6,9 +6,14 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from flax import linen as nn
+from flax.linen import dtypes
 
+from pallas_kernels.layer_norm import layer_norm
 from zerojax.gather import gather, keep_expensive
+from zerojax.nn import local
 
 
 def gathered(
@@ -50,3 +55,52 @@ def gathered(
     whole = functools.partial(gather, dtype=dtype)
     mapped = nn.map_variables(module_class, "params", trans_in_fn=whole, mutable=True, methods=methods)
     return nn.remat(mapped, policy=policy or keep_expensive, prevent_cse=prevent_cse, methods=methods)
+
+
+class LayerNorm(nn.LayerNorm):
+    """`flax.linen.LayerNorm`, by `pallas_kernels.layer_norm`: same fields, params, defaults, dtypes and result.
+
+    Over the last axis it is one pass over the data forward, and one backward, params' gradients included. With a mask,
+    other axes, statistics over devices or reductions that are not in float32, it is its parent. Arrays that are sharded
+    over a mesh are not gathered: `local.implementation` says where the kernel runs, elsewhere XLA's form does.
+
+    Precision:
+      The variance is always that of the differences from the mean. `use_fast_variance` changes nothing here: Flax's
+      fast form subtracts two large numbers where the mean is large, and is no faster for a row that is on the chip.
+
+    Example:
+      >>> layer = LayerNorm()
+      >>> variables = layer.init(jax.random.key(0), jnp.ones((1, 4)))
+      >>> jax.tree.map(jnp.shape, variables)
+      {'params': {'bias': (4,), 'scale': (4,)}}
+      >>> layer.apply(variables, jnp.array([1.0, 1.0, 3.0, 3.0])).round(3).tolist()
+      [-1.0, -1.0, 1.0, 1.0]
+    """
+
+    @nn.compact
+    def __call__(self, x: Any, *, mask: jax.Array | None = None) -> jax.Array:
+        """Normalises x's last axis; `mask` as in the parent."""
+        x = jnp.asarray(x)
+        if mask is not None or not self._served(x):
+            return super().__call__(x, mask=mask)
+        shape = x.shape[-1:]
+        scale = self.param("scale", self.scale_init, shape, self.param_dtype) if self.use_scale else None
+        bias = self.param("bias", self.bias_init, shape, self.param_dtype) if self.use_bias else None
+        dtype = dtypes.canonicalize_dtype(x, *(w for w in (scale, bias) if w is not None), dtype=self.dtype)
+        # As Flax: what comes in is not rounded to the result's dtype first.
+        x = x.astype(jnp.promote_types(x.dtype, dtype))
+        y = layer_norm(x, scale, bias, epsilon=self.epsilon, implementation=local.implementation())
+        return y.astype(dtype)
+
+    def _served(self, x: jax.Array) -> bool:
+        last = (-1, (-1,), [-1], x.ndim - 1, (x.ndim - 1,))
+        kinds = (x.dtype, self.param_dtype, self.dtype or x.dtype)
+        return (
+            x.size > 0
+            and x.ndim > 0
+            and self.reduction_axes in last
+            and self.feature_axes in last
+            and self.axis_name is None
+            and self.force_float32_reductions
+            and all(jnp.dtype(kind) in (jnp.float32, jnp.bfloat16, jnp.float16) for kind in kinds)
+        )
