@@ -9,7 +9,7 @@ import pytest
 from flax import linen, nnx
 from jax.sharding import AxisType
 
-from zerojax.nn import local
+from zerojax import meshes
 from zerojax.nn import nnx as our_nnx
 from zerojax.nn.linen import LayerNorm
 
@@ -86,10 +86,10 @@ def test_a_large_mean_is_right_where_fast_variance_cancels():
 
 
 def test_sharded_batches_are_not_for_a_kernel():
-    assert local.implementation() == "xla"  # eight devices, and no mesh that says what is where
+    assert meshes.kernel_implementation() == "xla"  # eight devices, and no mesh that says what is where
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     seen = []
-    body = lambda x: (seen.append(local.implementation()), x)[1]
+    body = lambda x: (seen.append(meshes.kernel_implementation()), x)[1]
     jax.shard_map(body, mesh=mesh, in_specs=jax.P("data"), out_specs=jax.P("data"))(jnp.ones(8))
     assert seen == [None]
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)

@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
 import pallas_kernels
+import zerojax
 from pallas_kernels import dispatch, leaves
 
 NEW_JAX = pytest.mark.skipif(bool(dispatch.too_old()), reason="kernels need a newer jax")
@@ -112,6 +113,17 @@ def test_explain_says_which_and_why():
             assert pallas_kernels.explain("lamb", leaf, leaf, leaf, leaf).startswith("lamb runs mosaic")
     with pytest.raises(ValueError, match="op must be one of adam, lamb, layer_norm, softmax"):
         pallas_kernels.explain("gelu")
+
+
+@NEW_JAX
+def test_without_a_plan_no_kernel_runs_on_what_may_be_shards():
+    params = {"w": jnp.ones((64, 8))}
+    for implementation, kernels in ((None, 0), ("mosaic", 1)):
+        tx = zerojax.fused_adamw(1e-3, implementation=implementation)
+        with h200():  # of a process with eight devices
+            traced = jax.jit(functools.partial(zerojax.apply, tx)).trace(params, tx.init(params), params)
+            text = traced.lower(lowering_platforms=("cuda",)).as_text()
+        assert text.count("stablehlo.custom_call @mosaic_gpu_v2") == kernels
 
 
 def test_bad_input_is_refused_by_name():

@@ -7,6 +7,7 @@ function, `apply(grads, state, params) -> (params, state)`, which `zerojax.apply
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -26,6 +27,26 @@ from zerojax.zero import ZeroTransformation
 
 PyTree = Any
 VARIANTS = ("optax", "deepspeed")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Rule:
+    """An optimizer of `pallas_kernels`.
+
+    Attributes:
+      op: `op(params, grads, mu, nu, scalars, *, decay, implementation)` on lists of leaves.
+      choice: Which implementation it runs.
+      delta: What it adds to one leaf, and the leaf's new moments.
+      norms: Whether a step depends on the norm of the whole leaf; then `op` takes `across`, which adds up shards'.
+    """
+
+    op: Callable[..., Any]
+    choice: Callable[..., Choice]
+    delta: Callable[..., Any]
+    norms: bool = False
+
+
+_ADAM = _Rule(op=adam, choice=adam_choice, delta=adam_delta)
 
 
 class FusedTransformation(optax.GradientTransformationExtraArgs):
@@ -90,9 +111,8 @@ def fused_adam(
       (0.9, 1)
     """
     scalars = functools.partial(adam_scalars, b1=b1, b2=b2, eps=eps, eps_root=eps_root, nesterov=nesterov)
-    op = functools.partial(adam, implementation=implementation)
-    choice = functools.partial(adam_choice, implementation=implementation)
-    return _fused(op, choice, adam_delta, scalars, learning_rate, mu_dtype=mu_dtype, nu_dtype=nu_dtype, mask=False)
+    dtypes = {"mu_dtype": mu_dtype, "nu_dtype": nu_dtype}
+    return _fused(_ADAM, scalars, learning_rate, **dtypes, mask=False, implementation=implementation)
 
 
 def fused_adamw(
@@ -139,10 +159,9 @@ def fused_adamw(
       (0.9989999, 0.999)
     """
     scalars = functools.partial(adam_scalars, b1=b1, b2=b2, eps=eps, eps_root=eps_root, nesterov=nesterov)
-    op = functools.partial(adam, implementation=implementation)
-    choice = functools.partial(adam_choice, implementation=implementation)
     dtypes = {"mu_dtype": mu_dtype, "nu_dtype": nu_dtype}
-    return _fused(op, choice, adam_delta, scalars, learning_rate, **dtypes, weight_decay=weight_decay, mask=mask)
+    decay = {"weight_decay": weight_decay, "mask": mask}
+    return _fused(_ADAM, scalars, learning_rate, **dtypes, **decay, implementation=implementation)
 
 
 def fused_lamb(
@@ -204,11 +223,15 @@ def fused_lamb(
         max_trust_ratio = 10.0 if max_trust_ratio is None else max_trust_ratio
     trust = TrustRatio(min_trust_ratio, max_trust_ratio)
     scalars = functools.partial(lamb_scalars, variant=variant, b1=b1, b2=b2, eps=eps, eps_root=eps_root)
-    op = functools.partial(lamb, trust=trust, implementation=implementation)
-    choice = functools.partial(lamb_choice, implementation=implementation)
-    delta = lambda s, *leaf: lamb_delta(s, trust, *leaf)
+    rule = _Rule(
+        op=functools.partial(lamb, trust=trust),
+        choice=lamb_choice,
+        delta=lambda s, *leaf: lamb_delta(s, trust, *leaf),
+        norms=True,
+    )
     dtypes = {"mu_dtype": mu_dtype, "nu_dtype": nu_dtype}
-    return _fused(op, choice, delta, scalars, learning_rate, **dtypes, weight_decay=weight_decay, mask=mask, norms=True)
+    decay = {"weight_decay": weight_decay, "mask": mask}
+    return _fused(rule, scalars, learning_rate, **dtypes, **decay, implementation=implementation)
 
 
 def chain(*transforms: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
@@ -319,9 +342,7 @@ def _keep(finite: jax.Array | None, new: PyTree, old: PyTree) -> PyTree:
 
 
 def _fused(
-    op: Callable[..., Any],
-    choice: Callable[..., Choice],
-    delta: Callable[..., Any],
+    rule: _Rule,
     scalars: Callable[..., Any],
     learning_rate: optax.ScalarOrSchedule,
     *,
@@ -329,12 +350,9 @@ def _fused(
     nu_dtype: Any,
     weight_decay: Any = 0.0,
     mask: Any,
-    norms: bool = False,
+    implementation: str | None,
 ) -> FusedTransformation:
-    """The transformation of an op of `pallas_kernels` on lists of leaves, its `choice`, and its `delta` on one leaf.
-
-    `norms` says that a step depends on the norm of the whole param.
-    """
+    """The transformation of a rule; `scalars(count, learning_rate, ...)` are those of a step."""
     mu_dtype, nu_dtype = _moment_dtypes(mu_dtype, nu_dtype)
 
     def init(params: PyTree) -> optax.ScaleByAdamState:
@@ -348,16 +366,16 @@ def _fused(
     def update(
         updates: PyTree, state: optax.ScaleByAdamState, params: PyTree | None = None, **_: Any
     ) -> tuple[PyTree, optax.ScaleByAdamState]:
-        if params is None and (norms or mask is not False):
+        if params is None and (rule.norms or mask is not False):
             raise ValueError("this optimizer needs the params: call update(grads, state, params).")
         grads, treedef = _flatten(updates)
         lists = [grads, *map(treedef.flatten_up_to, (state.mu, state.nu))]
-        unused = params is None or (mask is False and not norms)
+        unused = params is None or (mask is False and not rule.norms)
         weights = [None] * len(grads) if unused else treedef.flatten_up_to(params)
         decay = _decayed(mask, params, len(grads))
         s = scalars_of(state.count)
         stepped = [
-            delta(s, None if p is None else widen(p), *map(widen, leaf), d)
+            rule.delta(s, None if p is None else widen(p), *map(widen, leaf), d)
             for p, *leaf, d in zip(weights, *lists, decay, strict=True)
         ]
         deltas, mu, nu = (
@@ -378,9 +396,13 @@ def _fused(
     ) -> tuple[PyTree, optax.ScaleByAdamState]:
         leaves, treedef = _flatten(params)
         trees = (leaves, *map(treedef.flatten_up_to, (grads, state.mu, state.nu)))
-        run: Callable[..., Any] = functools.partial(op, decay=_decayed(mask, params, len(leaves)))
-        if plan is not None and choice(*trees).implementation != "xla":
-            run = _on_shards(functools.partial(run, across=_sum_over_shards(plan)) if norms else run, plan)
+        # Without a plan, how arrays are cut is not known, and a kernel would have them gathered.
+        chosen = meshes.kernel_implementation() if implementation is None and plan is None else implementation
+        run: Callable[..., Any] = functools.partial(
+            rule.op, decay=_decayed(mask, params, len(leaves)), implementation=chosen
+        )
+        if plan is not None and rule.choice(*trees, implementation=chosen).implementation != "xla":
+            run = _on_shards(functools.partial(run, across=_sum_over_shards(plan)) if rule.norms else run, plan)
         new = run(*trees, scalars_of(state.count, scale=scale, apply=True if finite is None else finite))
         params, mu, nu = map(treedef.unflatten, new)
         count = _keep(finite, optax.safe_increment(state.count), state.count)

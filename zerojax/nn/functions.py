@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.softmax import softmax as kernel_softmax
-from zerojax.nn.local import implementation
+from zerojax import meshes
 
 # What is computed in float32 and rounded once, float64 apart; other dtypes are left to jax.nn.
 _FLOATS = ("bfloat16", "float16", "float32", "float64")
@@ -65,7 +65,7 @@ def softmax(
             )
         return jax.nn.softmax(x if scale == 1.0 else x * scale, axis=axis, where=where)
     if dim == x.ndim - 1:
-        return kernel_softmax(x, scale=scale, where=where, causal=causal, implementation=implementation())
+        return kernel_softmax(x, scale=scale, where=where, causal=causal, implementation=meshes.kernel_implementation())
     if where is not None:
         where = jnp.moveaxis(jnp.expand_dims(where, range(x.ndim - where.ndim)), dim, -1)
     # XLA moves no data for the other dims; a kernel would need it moved.

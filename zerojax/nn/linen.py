@@ -12,8 +12,8 @@ from flax import linen as nn
 from flax.linen import dtypes
 
 from pallas_kernels.layer_norm import layer_norm
+from zerojax import meshes
 from zerojax.gather import gather, keep_expensive
-from zerojax.nn import local
 
 
 def gathered(
@@ -61,8 +61,8 @@ class LayerNorm(nn.LayerNorm):
     """`flax.linen.LayerNorm`, by `pallas_kernels.layer_norm`: same fields, params, defaults, dtypes and result.
 
     Over the last axis it is one pass over the data forward, and one backward, params' gradients included. With a mask,
-    other axes, statistics over devices or reductions that are not in float32, it is its parent. Arrays that are sharded
-    over a mesh are not gathered: `local.implementation` says where the kernel runs, elsewhere XLA's form does.
+    other axes, statistics over devices or reductions that are not in float32, it is its parent. The kernel runs with
+    one device and inside a `jax.shard_map` over all axes; elsewhere XLA's form, which gathers no shards.
 
     Precision:
       The variance is always that of the differences from the mean. `use_fast_variance` changes nothing here: Flax's
@@ -89,7 +89,7 @@ class LayerNorm(nn.LayerNorm):
         dtype = dtypes.canonicalize_dtype(x, *(w for w in (scale, bias) if w is not None), dtype=self.dtype)
         # As Flax: what comes in is not rounded to the result's dtype first.
         x = x.astype(jnp.promote_types(x.dtype, dtype))
-        y = layer_norm(x, scale, bias, epsilon=self.epsilon, implementation=local.implementation())
+        y = layer_norm(x, scale, bias, epsilon=self.epsilon, implementation=meshes.kernel_implementation())
         return y.astype(dtype)
 
     def _served(self, x: jax.Array) -> bool:

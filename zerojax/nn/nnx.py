@@ -10,7 +10,7 @@ from flax import nnx
 from flax.nnx.nn import dtypes
 
 from pallas_kernels.layer_norm import layer_norm
-from zerojax.nn import local
+from zerojax import meshes
 
 
 class LayerNorm(nnx.LayerNorm):
@@ -32,7 +32,7 @@ class LayerNorm(nnx.LayerNorm):
         scale, bias = (None if w is None else w[...] for w in (self.scale, self.bias))
         x, scale, bias = self.promote_dtype((x, scale, bias), dtype=self.dtype)
         dtype = dtypes.canonicalize_dtype(x, *(w for w in (scale, bias) if w is not None), dtype=self.dtype)
-        y = layer_norm(x, scale, bias, epsilon=self.epsilon, implementation=local.implementation())
+        y = layer_norm(x, scale, bias, epsilon=self.epsilon, implementation=meshes.kernel_implementation())
         return y.astype(dtype)
 
     def _served(self, x: jax.Array) -> bool:
