@@ -48,7 +48,7 @@ def choose(
         if why := unserved or unavailable() or slower:
             _say_once(op, why)
             return Choice("xla", why)
-        return Choice("mosaic", f"the kernel serves these arrays on {_device_kind()}, and was measured ahead of XLA")
+        return Choice("mosaic", f"the kernel serves these arrays on {_device_kind()}")
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"{op}: implementation must be None or one of {IMPLEMENTATIONS}, got {implementation!r}.")
     if implementation == "xla":

@@ -73,6 +73,37 @@ def test_fused_equals_optax(name, way):
         close(get(state), get(plain_state), 4)
 
 
+LINKS = {
+    "scale_clip": [optax.scale(0.01), optax.clip_by_global_norm(1.0)],
+    "clip_by_element": [optax.clip_by_global_norm(1.0), optax.clip(0.05)],
+    "scale_decay": [optax.scale(0.01), optax.add_decayed_weights(0.1)],
+    "clip_scale": [optax.clip_by_global_norm(1.0), optax.scale(3.0)],
+}
+
+
+@pytest.mark.parametrize("name", LINKS)
+@pytest.mark.parametrize("nested", [False, True])
+def test_chains_hand_on_what_optax_chains_do(name, nested):
+    # By the moments: Adam's step forgets a factor of its gradients.
+    tx = zerojax.fused_adam(1e-2)
+    first, second = LINKS[name]
+    fused = zerojax.chain(first, zerojax.chain(second, tx)) if nested else zerojax.chain(first, second, tx)
+    plain = optax.chain(first, second, optax.adam(1e-2))
+    params = params_of()
+    _, state = jax.jit(functools.partial(zerojax.apply, fused))(grads_of(1), fused.init(params), params)
+    _, want = plain.update(grads_of(1), plain.init(params), params)
+    for key in ("mu", "nu"):
+        get = lambda tree, key=key: optax.tree.get_all_with_path(tree, key)[0][1]
+        # What a link adds may cancel, and XLA contracts it with its product under jit: some bits of the sum.
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), get(state), get(want))
+
+
+def test_updates_are_as_wide_as_params():
+    params, tx = params_of(), zerojax.fused_adam(1e-2)
+    updates, _ = tx.update(grads_of(1, "bfloat16"), tx.init(params), params)
+    assert {x.dtype for x in jax.tree.leaves(updates)} == {jnp.dtype("float32")}
+
+
 def adamw_float64(params, steps, lr=1e-2, b1=0.9, b2=0.999, eps=1e-8, wd=0.1):
     p = {k: np.asarray(x, np.float64) for k, x in params.items()}
     m, v = ({k: np.zeros_like(x) for k, x in p.items()} for _ in range(2))
@@ -231,6 +262,8 @@ def test_bad_input_is_refused_by_name():
     with pytest.raises(TypeError, match="int32 have no Adam moments"):
         zerojax.fused_adam(1e-3).init({"n": jnp.arange(3)})
     tx = zerojax.fused_adamw(1e-3)
+    with pytest.raises(TypeError, match="meaning of its own for scale"):
+        zerojax.apply(zerojax.fused_adam(1e-3), params_of(), None, params_of(), scale=2.0)
     with pytest.raises(ValueError, match="needs the params"):
         tx.update(params_of(), tx.init(params_of()))
     with pytest.raises(ValueError, match="implementation must be None or one of"):

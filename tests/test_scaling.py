@@ -18,6 +18,9 @@ SCALES = {
     "two": optax.chain(optax.clip_by_global_norm(1.0), optax.scale(3.0)),
 }
 OTHERS = {
+    "arange": optax.stateless(lambda u, _: jax.tree.map(lambda x: x + jnp.arange(1.0), u)),
+    "truncated": optax.stateless(lambda u, _: jax.tree.map(lambda x: x.astype("int32").astype(x.dtype), u)),
+    "rounded": optax.stateless(lambda u, _: jax.tree.map(lambda x: x.astype("bfloat16").astype(x.dtype), u)),
     "by_element": optax.clip(1.0),
     "by_block": optax.clip_by_block_rms(1.0),
     "decay": optax.add_decayed_weights(0.1),

@@ -53,7 +53,7 @@ class FusedTransformation(optax.GradientTransformationExtraArgs):
     """An Optax transformation that can also update and apply in one pass.
 
     Attributes:
-      apply: `apply(grads, state, params, *, plan=None, finite=None, scale=1.0, **extra_args) -> (params, state)`.
+      apply: `apply(grads, state, params, *, plan=None, finite=None, scale=None, **extra_args) -> (params, state)`.
         `plan` says how global arrays are cut; `finite`, a bool scalar, leaves everything as it is where it is False;
         `scale` multiplies the gradients.
     """
@@ -245,17 +245,20 @@ def chain(*transforms: optax.GradientTransformation) -> optax.GradientTransforma
     chained = optax.chain(*transforms)
     if not transforms or not isinstance(transforms[-1], FusedTransformation):
         return chained
-    *links, last = map(optax.with_extra_args_support, transforms)
+    *links, last = transforms
+    before = optax.chain(*links)
 
-    def apply(grads: PyTree, state: PyTree, params: PyTree, **options: Any) -> tuple[PyTree, PyTree]:
-        extra = {k: v for k, v in options.items() if k not in ("plan", "finite", "scale")}
-        scale, states = options.pop("scale", 1.0), []
-        for link, old in zip(links, state[:-1], strict=True):
-            grads, factor, new = update_as_scale(link, grads, old, params, **extra)
-            scale = scale if factor is None else scale * factor
-            states.append(_keep(options.get("finite"), new, old))
-        params, new = last.apply(grads, state[-1], params, scale=scale, **options)
-        return params, (*states, new)
+    def apply(
+        grads: PyTree, state: PyTree, params: PyTree, *, finite: Any = None, scale: Any = None, **options: Any
+    ) -> tuple[PyTree, PyTree]:
+        extra = {k: v for k, v in options.items() if k != "plan"}
+        if links and scale is not None:  # what the links do to gradients need not be linear
+            grads, scale = jax.tree.map(lambda g: (g * scale).astype(g.dtype), grads), None
+        # All links at once: behind one that scales, the next wants the scaled gradients.
+        grads, factor, new = update_as_scale(before, grads, state[:-1], params, **extra)
+        factor = scale if factor is None else factor
+        params, last_state = last.apply(grads, state[-1], params, finite=finite, scale=factor, **options)
+        return params, (*_keep(finite, new, state[:-1]), last_state)
 
     return FusedTransformation(chained.init, chained.update, apply)
 
@@ -285,14 +288,20 @@ def apply(
       >>> apply(tx, params, tx.init(params), params)[0]["w"].tolist()
       [0.5, 0.5]
     """
+    if reserved := {"plan", "finite", "scale"} & set(extra_args):
+        raise TypeError(
+            f"apply has a meaning of its own for {', '.join(sorted(reserved))}; no transformation gets them."
+        )
     if not isinstance(tx, ZeroTransformation):
         return _apply(tx, grads, state, params, **extra_args)
     plan = tx.plan
     plan.check(grads, "grads")
     plan.check(params)
 
+    functions = {k: extra_args.pop(k) for k in list(extra_args) if callable(extra_args[k])}  # no arguments of a jit
+
     def on_shards(grads: PyTree, state: PyTree, params: PyTree, extra_args: dict[str, Any]) -> tuple[PyTree, PyTree]:
-        return apply_sharded(tx, grads, state, params, **extra_args)
+        return apply_sharded(tx, grads, state, params, **extra_args, **functions)
 
     run = meshes.on_mesh(plan.mesh, on_shards, (plan.param_specs, plan.opt_state_specs(tx.inner)))
     return (run if meshes.tracing((grads, state, params)) else jax.jit(run))(grads, state, params, extra_args)
@@ -370,17 +379,19 @@ def _fused(
             raise ValueError("this optimizer needs the params: call update(grads, state, params).")
         grads, treedef = _flatten(updates)
         lists = [grads, *map(treedef.flatten_up_to, (state.mu, state.nu))]
-        unused = params is None or (mask is False and not rule.norms)
-        weights = [None] * len(grads) if unused else treedef.flatten_up_to(params)
+        weights = [None] * len(grads) if params is None else treedef.flatten_up_to(params)
         decay = _decayed(mask, params, len(grads))
         s = scalars_of(state.count)
         stepped = [
             rule.delta(s, None if p is None else widen(p), *map(widen, leaf), d)
             for p, *leaf, d in zip(weights, *lists, decay, strict=True)
         ]
+        # As Optax: 16 bits where gradients and params have no more.
+        likes = [jnp.result_type(g, *() if p is None else (p,)) for g, p in zip(grads, weights, strict=True)]
+        dtypes = likes, *([x.dtype for x in old] for old in lists[1:])
         deltas, mu, nu = (
-            treedef.unflatten([new[k].astype(old.dtype) for new, old in zip(stepped, olds, strict=True)])
-            for k, olds in enumerate(lists)
+            treedef.unflatten([new[k].astype(dtype) for new, dtype in zip(stepped, kinds, strict=True)])
+            for k, kinds in enumerate(dtypes)
         )
         return deltas, optax.ScaleByAdamState(optax.safe_increment(state.count), mu, nu)
 
@@ -391,7 +402,7 @@ def _fused(
         *,
         plan: Plan | None = None,
         finite: jax.Array | None = None,
-        scale: Any = 1.0,
+        scale: jax.Array | None = None,
         **_: Any,
     ) -> tuple[PyTree, optax.ScaleByAdamState]:
         leaves, treedef = _flatten(params)
@@ -403,7 +414,10 @@ def _fused(
         )
         if plan is not None and rule.choice(*trees, implementation=chosen).implementation != "xla":
             run = _on_shards(functools.partial(run, across=_sum_over_shards(plan)) if rule.norms else run, plan)
-        new = run(*trees, scalars_of(state.count, scale=scale, apply=True if finite is None else finite))
+        new = run(
+            *trees,
+            scalars_of(state.count, scale=1.0 if scale is None else scale, apply=True if finite is None else finite),
+        )
         params, mu, nu = map(treedef.unflatten, new)
         count = _keep(finite, optax.safe_increment(state.count), state.count)
         return params, optax.ScaleByAdamState(count, mu, nu)

@@ -49,7 +49,7 @@ def update_as_scale(
     run = lambda updates: tx.update(updates, state, params, **extra_args)
     closed, shapes = jax.make_jaxpr(run, return_shape=True)(updates)
     one = jnp.float32(1)
-    reader = _Reader()
+    reader = _Reader([x.dtype for x in leaves])
     values = reader.read(closed.jaxpr, closed.consts, [_Value(x, None, i, one) for i, x in enumerate(leaves)])
     new, new_state = jax.tree.unflatten(jax.tree.structure(shapes), [v.array for v in values])
     same_tree: bool = jax.tree.structure(new) == treedef  # type: ignore[operator]
@@ -62,7 +62,8 @@ def update_as_scale(
 class _Reader:
     """Runs a jaxpr, operation by operation; equal operations on the same scalars are done once, so that `is` tells."""
 
-    def __init__(self) -> None:
+    def __init__(self, dtypes: list[Any]) -> None:
+        self._dtypes = dtypes
         self._done: dict[Any, Any] = {}
 
     def read(self, jaxpr: Jaxpr, consts: list[Any], args: list[_Value]) -> list[_Value]:
@@ -77,7 +78,7 @@ class _Reader:
         name, inner = eqn.primitive.name, eqn.params.get("jaxpr")
         if name in _CALLS and isinstance(inner, ClosedJaxpr):
             return self.read(inner.jaxpr, inner.consts, inputs)
-        if all(v.scalar is v.array for v in inputs) and not any(v.aval.shape for v in eqn.outvars):
+        if not eqn.effects and all(v.scalar is v.array for v in inputs) and not any(v.aval.shape for v in eqn.outvars):
             arrays = self._once((name, str(eqn.params)), [v.scalar for v in inputs], lambda: _bind(eqn, inputs))
             return [_Value(x, x) for x in arrays]
         arrays = _bind(eqn, inputs)
@@ -87,10 +88,16 @@ class _Reader:
 
     def _note(self, name: str, inputs: list[_Value], array: Any) -> _Value:
         """What is known of the one result of an operation on arrays."""
+        if not inputs:
+            return _plain(array)
         first, *rest = inputs
         if name == "broadcast_in_dim" and first.leaf is None:
             return _Value(array, first.scalar)
-        if name == "convert_element_type" and first.leaf is not None:
+        if (
+            name == "convert_element_type"
+            and first.leaf is not None
+            and self._keeps(first.array.dtype, first.leaf, array.dtype)
+        ):
             return _Value(array, None, first.leaf, first.factor)
         if name == "mul" and first.leaf is None:
             first, rest = rest[0], [first]
@@ -103,13 +110,19 @@ class _Reader:
                 return self._multiple(array, true.leaf, name, jnp.where, first.scalar, true.factor, false.factor)
         return _plain(array)
 
+    def _keeps(self, before: Any, leaf: int, dtype: Any) -> bool:
+        """Whether a multiple of a leaf is one in another dtype: a wider one, or the leaf's own; others round it."""
+        wider = jnp.promote_types(before, dtype) == dtype
+        return jnp.issubdtype(dtype, jnp.floating) and (wider or dtype == self._dtypes[leaf])
+
     def _multiple(self, array: Any, leaf: int, name: str, operation: Any, *operands: Any) -> _Value:
         (factor,) = self._once(name, operands, lambda: [jnp.asarray(operation(*operands), jnp.float32)])
         return _Value(array, None, leaf, factor)
 
     def _once(self, key: Any, operands: Any, run: Any) -> Any:
         # Operands by identity, or by value where they are numbers of the program; kept, so that no identity is reused.
-        known = tuple(x.item() if not isinstance(x, jax.Array) and hasattr(x, "item") else id(x) for x in operands)
+        number = lambda x: not isinstance(x, jax.Array) and hasattr(x, "item")
+        known = tuple((str(x.dtype), repr(x.item())) if number(x) else id(x) for x in operands)
         if (key, known) not in self._done:
             self._done[key, known] = run(), operands
         return self._done[key, known][0]

@@ -25,6 +25,8 @@ def softmax(
 ) -> jax.Array:
     """`jax.nn.softmax` of `scale * x`, by one kernel where that is ahead, and with causal masks.
 
+    Differentiable once in reverse mode, not by `jax.jvp`; `jax.nn.softmax` is.
+
     Args:
       x: Array of any shape, sharded in any way over dims that are not reduced.
       axis: The dim, dims, or, by None, all dims to normalize over. The kernel serves the last dim.

@@ -64,6 +64,8 @@ class LayerNorm(nn.LayerNorm):
     other axes, statistics over devices or reductions that are not in float32, it is its parent. The kernel runs with
     one device and inside a `jax.shard_map` over all axes; elsewhere XLA's form, which gathers no shards.
 
+    Differentiable once in reverse mode, not by `jax.jvp`; the parent is.
+
     Precision:
       The variance is always that of the differences from the mean. `use_fast_variance` changes nothing here: Flax's
       fast form subtracts two large numbers where the mean is large, and is no faster for a row that is on the chip.
