@@ -1,40 +1,64 @@
-"""Device times of the fused optimizers on one GPU, beside Optax under XLA and a copy measured in the same run.
+"""Device times of all fused kernels on one GPU, beside XLA, a copy in the same run, and peers recorded on an H200.
 
-    python benchmarks/kernels.py                     # every case -> results/kernels-<device>.{md,json}
-    python benchmarks/kernels.py adamw/1.3B lamb     # those whose name holds one of these
+    python benchmarks/kernels.py                       # every case -> results/kernels-<device>.{md,json}
+    python benchmarks/kernels.py adamw/1.3B softmax/   # those whose name holds one of these
+    python benchmarks/kernels.py --list                # names, byte floors and peers of the cases; needs no GPU
 
-A time is the sum of the kernels' durations that the profiler saw on the device, a mean over steps after two to warm up.
-The sets of small leaves fit into the L2, 63 MB, or nearly: they are timed as a loop finds them, not read from memory.
-GB/s counts the bytes that the op cannot do without (bytes_per_param), whatever an implementation really moves.
+A time is the sum of a call's kernels that the profiler saw on the device, a median over calls after some to warm up.
+Calls take turns over copies of their arguments, and results are kept, so that none finds its own in the L2. An
+optimizer keeps one state: its sets of small leaves, which fit into the L2, are timed as a loop finds them.
+GB/s counts the bytes that the op cannot do without, whatever an implementation really moves (results/ says how).
 """
 
 from __future__ import annotations
 
 import argparse
-import collections
+import dataclasses
 import datetime
-import glob
+import functools
 import json
 import math
 import pathlib
+import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
+from concurrent import futures
 from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
+import jaxlib  # noqa: E402
+import kernels_page  # noqa: E402
 import numpy as np  # noqa: E402
 import optax  # noqa: E402
+from device_time import Timing, copy_ceiling, device_time, rotating  # noqa: E402
 
 import zerojax  # noqa: E402
+from pallas_kernels import layer_norm, layer_norm_reference, softmax, softmax_reference  # noqa: E402
+from pallas_kernels.layer_norm import bytes_moved as layer_norm_bytes  # noqa: E402
+from pallas_kernels.layer_norm import layer_norm_choice  # noqa: E402
+from pallas_kernels.softmax import bytes_moved as softmax_bytes  # noqa: E402
+from pallas_kernels.softmax import softmax_choice  # noqa: E402
 
-STEPS = 5
+PEERS = json.loads((ROOT / "benchmarks" / "peers" / "h200.json").read_text())
 Shape = tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """An op on arrays of given shapes. A program compiles when it is called, and returns what measures it."""
+
+    name: str
+    floor_bytes: int
+    runs: str
+    programs: dict[str, Callable[[], Callable[[], dict[str, Any]]]]
+
+
+# Optimizers
 
 
 def gpt(layers: int, width: int, vocab: int = 50304, context: int = 1024) -> list[Shape]:
@@ -44,17 +68,24 @@ def gpt(layers: int, width: int, vocab: int = 50304, context: int = 1024) -> lis
     return [(vocab, width), (context, width), *layer * layers, (width,), (width,)]
 
 
+def vit(layers: int, width: int) -> list[Shape]:
+    """The leaves of a ViT for patches of 16 x 16 of 224 x 224 pixels."""
+    embeddings = [(width, 3, 16, 16), (width,), (1, 1, width), (1, 197, width)]
+    return [*embeddings, *gpt(layers, width)[2:], (1000, width), (1000,)]
+
+
 def sizes(count: int, low: int, high: int) -> list[Shape]:
     """Leaves of sizes spread evenly over the logarithm, multiples of 8."""
     rng = np.random.default_rng(0)
     return [(int(math.exp(x)) // 8 * 8,) for x in rng.uniform(math.log(low), math.log(high), count)]
 
 
-LEAVES = {
-    "1.3B": gpt(24, 2048),
+LEAVES = {  # all but the second and the fourth are those that peers were timed on
+    "1.3B": gpt(24, 2048, context=2048),
     "125M": gpt(12, 768),
+    "ViT-S": vit(24, 384),
     "300 of 1K to 64K": sizes(300, 1024, 65536),
-    "300 of 64 to 4K": sizes(300, 64, 4096),
+    "300 of 64 to 4K": [(n,) for n in (64, 128, 256, 512, 1024, 2048, 4096, 768, 1000, 3000)] * 30,
 }
 CLIP = optax.clip_by_global_norm(1.0)
 OPTIMIZERS: dict[str, tuple[int, Any, Any]] = {  # bytes a param, ours, Optax's
@@ -62,111 +93,272 @@ OPTIMIZERS: dict[str, tuple[int, Any, Any]] = {  # bytes a param, ours, Optax's
     "clip+adamw": (32, zerojax.chain(CLIP, zerojax.fused_adamw(1e-3)), optax.chain(CLIP, optax.adamw(1e-3))),
     "lamb": (40, zerojax.fused_lamb(1e-3, weight_decay=0.01), optax.lamb(1e-3, weight_decay=0.01)),
 }
+STEPS = 5
 
 
-def device_times(step: Callable[..., Any], state: Any) -> tuple[float, dict[str, list[float]], Any]:
-    """Microseconds of a step on the device, and of each kernel by name: [count, mean]."""
-    for _ in range(2):
-        state = step(*state)
-    jax.block_until_ready(state)
-    with tempfile.TemporaryDirectory() as directory:
-        with jax.profiler.trace(directory):
-            for _ in range(STEPS):
-                state = step(*state)
-            jax.block_until_ready(state)
-        (path,) = glob.glob(f"{directory}/**/*.xplane.pb", recursive=True)
-        profile = jax.profiler.ProfileData.from_file(path)
-    durations = collections.defaultdict(list)
-    for plane in profile.planes:
-        if "GPU:0" in plane.name:
-            for line in plane.lines:
-                if line.name.startswith("Stream"):
-                    for event in line.events:
-                        durations[event.name].append(event.duration_ns / 1e3)
-    total = sum(map(sum, durations.values())) / STEPS
-    return total, {name: [len(x) / STEPS, sum(x) / len(x)] for name, x in durations.items()}, state
-
-
-def copy_ceiling() -> float:
-    """GB/s of `x + 1` in place over 2 GiB."""
-    add = jax.jit(lambda x: x + 1, donate_argnums=0)
-    us, _, _ = device_times(lambda x: (add(x),), (jnp.zeros(2**29),))
-    return 2 * 2**31 / us / 1e3
-
-
-def optimizer_case(name: str, leaves: str, ours: bool) -> dict[str, Any]:
-    """One optimizer on one set of leaves."""
-    bytes_per_param, fused, plain = OPTIMIZERS[name]
-    tx = fused if ours else plain
-    shapes = LEAVES[leaves]
-    rng = np.random.default_rng(0)
-    make = lambda scale: [jnp.full(shape, scale * rng.standard_normal(), jnp.float32) for shape in shapes]
-    params, grads = make(1.0), make(0.01)
+def optimizer_program(tx: Any, shapes: list[Shape]) -> Callable[[], dict[str, Any]]:
+    """A step of `tx` on float32 leaves."""
+    leaves = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
     # Donated in the order in which they come back: JAX pairs buffers of one shape by position, and copies the others.
     step = jax.jit(lambda params, state, grads: zerojax.apply(tx, grads, state, params), donate_argnums=(0, 1))
-    start = time.perf_counter()
-    compiled = step.lower(params, tx.init(params), grads).compile()
-    compile_s = time.perf_counter() - start
-    us, kernels, _ = device_times(lambda *state: compiled(*state, grads), (params, tx.init(params)))
-    count = sum(map(math.prod, shapes))
-    return {
-        "op": name,
-        "leaves": leaves,
-        "implementation": "zerojax" if ours else "optax, XLA",
-        "us": round(us, 1),
-        "GB/s": round(count * bytes_per_param / us / 1e3),
-        "launches": round(sum(n for n, _ in kernels.values())),
-        "temp_mb": round(compiled.memory_analysis().temp_size_in_bytes / 1e6, 1),
-        "compile_s": round(compile_s, 1),
-    }
+    compiled = step.lower(leaves, jax.eval_shape(tx.init, leaves), leaves).compile()
+
+    def measure() -> dict[str, Any]:
+        rng = np.random.default_rng(0)
+        make = lambda scale: [jnp.full(shape, scale * rng.standard_normal(), jnp.float32) for shape in shapes]
+        params, grads = make(1.0), make(0.01)
+        state = (params, tx.init(params))
+
+        def run(_: int) -> Any:
+            nonlocal state
+            state = compiled(*state, grads)
+            return state
+
+        return measured(device_time(run, warm=2, timed=STEPS), compiled)
+
+    return measure
 
 
-def markdown(head: dict[str, Any], rows: list[dict[str, Any]]) -> str:
-    """The page under results/."""
-    columns = list(rows[0])
-    lines = [
-        f"# Fused optimizers on one {head['device']}, {head['date']}",
-        "",
-        f"`{head['command']}`, jax {head['jax']}. Device times by the profiler, float32. Copy ceiling of this run: "
-        f"{head['ceiling']} GB/s (`x + 1` in place over 2 GiB). GB/s counts 28 bytes a param for adamw, 32 with a clip "
-        "by global norm, 40 for lamb.",
-        "",
-        "| " + " | ".join(columns) + " |",
-        "|" + "---|" * len(columns),
-        *("| " + " | ".join(str(row[c]) for c in columns) + " |" for row in rows),
-    ]
-    return "\n".join(lines) + "\n"
+# LAMB as a program of torch's foreach ops would run it: each line one pass over memory, 116 bytes a param.
+UNFUSED_LAMB: list[tuple[str, Callable[..., jax.Array], str]] = [
+    ("m", lambda m, g: m + 0.1 * (g - m), "m g"),
+    ("v", lambda v: 0.999 * v, "v"),
+    ("v", lambda v, g: v + 0.001 * g * g, "v g"),
+    ("d", jnp.sqrt, "v"),
+    ("d", lambda d: d / 0.03, "d"),
+    ("d", lambda d: d + 1e-6, "d"),
+    ("u", lambda m: m / 0.1, "m"),
+    ("u", lambda u, d: u / d, "u d"),
+    ("u", lambda u, p: u + 0.01 * p, "u p"),
+    ("p_norm", jnp.linalg.norm, "p"),
+    ("u_norm", jnp.linalg.norm, "u"),
+    ("u", lambda u, p_norm, u_norm: u * (p_norm / u_norm), "u p_norm u_norm"),
+    ("p", lambda p, u: p - 1e-3 * u, "p u"),
+]
+
+
+def unfused_lamb(shapes: list[Shape]) -> Callable[[], dict[str, Any]]:
+    """The passes of `UNFUSED_LAMB` over one array of as many params, which spares it the leaves' launches."""
+    size = sum(map(math.prod, shapes))
+    like = lambda name: jax.ShapeDtypeStruct(() if "_" in name else (size,), jnp.float32)
+    passes = [(out, jax.jit(f).lower(*map(like, of.split())).compile(), of.split()) for out, f, of in UNFUSED_LAMB]
+
+    def measure() -> dict[str, Any]:
+        arrays = {name: jnp.full(size, 0.01, jnp.float32) for name in "mvgp"}
+
+        def run(_: int) -> Any:
+            for out, f, names in passes:
+                arrays[out] = f(*(arrays[name] for name in names))
+            return arrays
+
+        timing = device_time(run, warm=1, timed=3)
+        return {"us": round(timing.us, 1), "launches": timing.launches}
+
+    return measure
+
+
+def optimizer_cases() -> list[Case]:
+    """Every optimizer on every set of leaves."""
+    cases = []
+    for name, (bytes_per_param, ours, plain) in OPTIMIZERS.items():
+        for leaves, shapes in LEAVES.items():
+            programs = {
+                "zerojax": functools.partial(optimizer_program, ours, shapes),
+                "xla": functools.partial(optimizer_program, plain, shapes),
+            }
+            if (name, leaves) == ("lamb", "1.3B"):
+                programs["unfused"] = functools.partial(unfused_lamb, shapes)
+            floor = bytes_per_param * sum(map(math.prod, shapes))
+            cases.append(Case(f"{name}/{leaves}", floor, "", programs))
+    return cases
+
+
+# Kernels on rows
+
+DTYPES = ("bfloat16", "float32")
+PEER_NORMS = [(4096, 768), (8192, 1024), (8192, 4096), (16384, 8192), (65536, 1024)]
+MORE_NORMS = [(32768, 4096), (8192, 16384), (8192, 14432), (262144, 256)]
+PEER_ROWS = [(524288, 512), (262144, 1024), (65536, 4096), (32768, 8192), (8192, 32768), (4096, 65536)]
+MORE_ROWS = [(16384, 16384), (2048, 131072), (1024, 262144), (2048, 50257)]
+SQUARES = [(256, 1024, 1024), (64, 2048, 2048), (16, 4096, 4096)]
+ROW_OPS: dict[str, tuple[list[Shape], list[str], dict[str, Any]]] = {  # shapes, directions, options
+    "layer_norm": (PEER_NORMS + MORE_NORMS, ["forward", "backward", "forward+backward"], {}),
+    "softmax": (PEER_ROWS + MORE_ROWS, ["forward", "backward"], {}),
+    "causal": (SQUARES, ["forward", "backward"], {"causal": True, "scale": 0.125}),
+}
+
+
+def row_cases() -> list[Case]:
+    """Every kernel on rows, over its shapes, dtypes and directions."""
+    cases = []
+    for op, (shapes, directions, options) in ROW_OPS.items():
+        ours, plain = (layer_norm, layer_norm_reference) if op == "layer_norm" else (softmax, softmax_reference)
+        choice = layer_norm_choice if op == "layer_norm" else softmax_choice
+        for dtype in DTYPES:
+            for shape in shapes:
+                arguments = row_arguments(op, shape, dtype)
+                runs = choice(*arguments, **options).implementation
+                for direction in directions:
+                    of = (arguments, direction)
+                    programs = {
+                        "zerojax": functools.partial(row_program, functools.partial(ours, **options), *of, saved=True),
+                        "xla": functools.partial(row_program, functools.partial(plain, **options), *of, saved=False),
+                    }
+                    name = f"{op}/{'x'.join(map(str, shape))}/{dtype}/{direction}"
+                    cases.append(Case(name, row_floor(op, arguments[0], direction), runs, programs))
+    return cases
+
+
+def row_arguments(op: str, shape: Shape, dtype: str) -> list[jax.ShapeDtypeStruct]:
+    """x, and LayerNorm's scale and bias, which are float32 as Flax keeps them."""
+    weights = 2 if op == "layer_norm" else 0
+    return [jax.ShapeDtypeStruct(shape, dtype), *[jax.ShapeDtypeStruct(shape[-1:], "float32")] * weights]
+
+
+def row_floor(op: str, x: jax.ShapeDtypeStruct, direction: str) -> int:
+    """The least bytes: of LayerNorm also scale, bias, their gradients, counted in x's dtype, and two float32 a row."""
+    if op == "layer_norm":
+        weight, statistics = x.shape[-1] * x.dtype.itemsize, 8 * math.prod(x.shape[:-1])
+        moved = layer_norm_bytes(x)
+        floors = {
+            "forward": moved["forward"] + 2 * weight + statistics,
+            "backward": moved["backward"] + 3 * weight + statistics,
+        }
+    else:
+        causal = op == "causal"
+        floors = {d: softmax_bytes(x, causal=causal, backward=d == "backward") for d in ("forward", "backward")}
+    return sum(floors[d] for d in direction.split("+"))
+
+
+def row_program(
+    f: Callable[..., jax.Array], arguments: list[jax.ShapeDtypeStruct], direction: str, *, saved: bool
+) -> Callable[[], dict[str, Any]]:
+    """One direction of `f`."""
+    run, make_arguments = compile_rows(f, arguments, direction, saved=saved)
+    return lambda: measured(rotating(run, lambda: make_arguments(draw)), run)
+
+
+def compile_rows(
+    f: Callable[..., jax.Array], arguments: list[jax.ShapeDtypeStruct], direction: str, *, saved: bool
+) -> tuple[Any, Callable[..., tuple[Any, ...]]]:
+    """One direction of `f`, compiled, and what makes its arguments by `draw(index, spec)`.
+
+    A backward pass is given what the forward pass saved, where that is `saved`; else x and weights, from which XLA
+    computes what it needs: autodiff's own residuals are several arrays as large as x, in float32.
+    """
+    dy, draw_all = arguments[0], lambda draw: [draw(i, spec) for i, spec in enumerate(arguments)]
+
+    def pull_back(dy: jax.Array, *arguments: jax.Array) -> Any:
+        y, vjp = jax.vjp(f, *arguments)
+        return vjp(dy) if direction == "backward" else (y, vjp(dy))
+
+    if direction == "forward":
+        return jax.jit(f).lower(*arguments).compile(), draw_all
+    if direction == "backward" and saved:
+        save = jax.jit(lambda *arguments: jax.vjp(f, *arguments)[1]).lower(*arguments)
+        run = jax.jit(lambda vjp, dy: vjp(dy)).lower(save.out_info, dy).compile()
+        save = save.compile()
+        return run, lambda draw: (save(*draw_all(draw)), draw(3, dy))
+    run = jax.jit(pull_back).lower(dy, *arguments).compile()
+    return run, lambda draw: (draw(3, dy), *draw_all(draw))
+
+
+@functools.cache
+def pool(dtype: str) -> jax.Array:
+    """Normal numbers, for the largest array and offsets into them."""
+    return jax.random.normal(jax.random.key(0), 2**28 + 2**16, dtype)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def window(pool: jax.Array, start: int, shape: Shape) -> jax.Array:
+    """A part of `pool`, in a shape."""
+    return jax.lax.dynamic_slice(pool, (start,), (math.prod(shape),)).reshape(shape)
+
+
+def draw(index: int, spec: jax.ShapeDtypeStruct) -> jax.Array:
+    """A new array of normal numbers, other ones for each index."""
+    return window(pool(spec.dtype.name), 4096 * index, spec.shape)
+
+
+# The run
+
+
+def measured(timing: Timing, compiled: Any) -> dict[str, Any]:
+    """A timing as it stands in the results."""
+    temp_mb = compiled.memory_analysis().temp_size_in_bytes / 1e6
+    return {"us": round(timing.us, 1), "launches": timing.launches, "temp_mb": round(temp_mb, 1)}
+
+
+def measure(cases: list[Case], deadline: float) -> list[dict[str, Any]]:
+    """Compiles all, in threads, then times one after the other: compiling runs kernels of its own."""
+    with futures.ThreadPoolExecutor() as pool:
+        jobs = {(case.name, key): pool.submit(p) for case in cases for key, p in case.programs.items()}
+        futures.wait(jobs.values(), timeout=deadline - time.monotonic())
+        pool.shutdown(cancel_futures=True)
+    print(f"compiled {len(jobs)} programs", flush=True)
+    rows = []
+    for case in cases:
+        times = {}
+        for key in case.programs:
+            try:
+                if time.monotonic() > deadline:
+                    raise TimeoutError("no time left")
+                times[key] = jobs[case.name, key].result()()
+            except Exception as error:  # one kernel's failure is no other's
+                print(f"{case.name} {key}: {type(error).__name__}: {str(error)[:300]}", flush=True)
+        row = {"name": case.name, "floor_bytes": case.floor_bytes, "runs": case.runs, "times": times}
+        rows.append(row | {"peers": PEERS["cases"].get(case.name, {})})
+        print(kernels_page.short(rows[-1]), flush=True)
+    return rows
+
+
+def commit() -> str:
+    """The commit that is checked out, with a mark if files differ from it; "unknown" where git cannot say."""
+    try:
+        command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 def main() -> None:
     """Measures the cases asked for and writes both files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cases", nargs="*")
+    parser.add_argument("cases", nargs="*", help="parts of names; all cases where none is given")
     parser.add_argument("--out", type=pathlib.Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--commit", help="for the page's head, where git is absent")
+    parser.add_argument("--seconds", type=float, default=3600, help="what is not timed by then is left out")
+    parser.add_argument("--list", action="store_true", help="list the cases, run nothing")
     args = parser.parse_args()
-    ceiling = round(copy_ceiling())
-    print(f"copy ceiling {ceiling} GB/s", flush=True)
-    rows = []
-    for name in OPTIMIZERS:
-        for leaves in LEAVES:
-            if args.cases and not any(part in f"{name}/{leaves}" for part in args.cases):
-                continue
-            for ours in (True, False):
-                row = optimizer_case(name, leaves, ours)
-                rows.append(row | {"of ceiling": f"{row['GB/s'] / ceiling:.1%}"})
-                print(rows[-1], flush=True)
-    device = jax.devices()[0].device_kind
-    head = {
-        "device": device,
-        "jax": jax.__version__,
+    start = time.monotonic()
+    cases = [*optimizer_cases(), *row_cases()]
+    cases = [case for case in cases if not args.cases or any(part in case.name for part in args.cases)]
+    if args.list:
+        for case in cases:
+            print(f"{case.name:55s} {case.floor_bytes / 1e6:8.1f} MB  {', '.join(PEERS['cases'].get(case.name, []))}")
+        return
+    device = jax.devices()[0]
+    ceiling = copy_ceiling()
+    print(f"{device.device_kind}: a copy runs at {ceiling:.0f} GB/s", flush=True)
+    results = {
+        "device": device.device_kind,
         "date": str(datetime.date.today()),
-        "command": "python benchmarks/kernels.py " + " ".join(args.cases),
-        "ceiling": ceiling,
+        "commit": args.commit or commit(),
+        "versions": {m.__name__: m.__version__ for m in (jax, jaxlib, optax)},
+        "platform": " ".join(device.client.platform_version.split()),
+        "command": " ".join(["python benchmarks/kernels.py", *args.cases]),
+        "ceiling": round(ceiling),
+        "peers": PEERS["origin"],
+        "rows": measure(cases, start + args.seconds),
     }
+    results["claims"] = kernels_page.claims(results["rows"])
+    for claim in results["claims"]:
+        print(" | ".join(map(str, claim.values())))
     args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / f"kernels-{device.replace(' ', '-').lower()}"
-    path.with_suffix(".json").write_text(json.dumps(head | {"cases": rows}, indent=1))
-    path.with_suffix(".md").write_text(markdown(head, rows))
+    path = args.out / f"kernels-{device.device_kind.replace(' ', '-').lower()}"
+    path.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
+    path.with_suffix(".md").write_text(kernels_page.markdown(results))
+    print(f"{time.monotonic() - start:.0f} s")
 
 
 if __name__ == "__main__":
