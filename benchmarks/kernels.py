@@ -291,11 +291,12 @@ def measured(timing: Timing, compiled: Any) -> dict[str, Any]:
 
 def measure(cases: list[Case], deadline: float) -> list[dict[str, Any]]:
     """Compiles all, in threads, then times one after the other: compiling runs kernels of its own."""
+    start = time.monotonic()
     with futures.ThreadPoolExecutor() as pool:
         jobs = {(case.name, key): pool.submit(p) for case in cases for key, p in case.programs.items()}
         futures.wait(jobs.values(), timeout=deadline - time.monotonic())
         pool.shutdown(cancel_futures=True)
-    print(f"compiled {len(jobs)} programs", flush=True)
+    print(f"compiled {len(jobs)} programs in {time.monotonic() - start:.0f} s", flush=True)
     rows = []
     for case in cases:
         times = {}

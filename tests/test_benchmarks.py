@@ -1,0 +1,111 @@
+"""The programs of benchmarks/kernels.py on a CPU: its cases, their byte floors and peers, and the page it writes."""
+
+import json
+import math
+import pathlib
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "benchmarks"))
+
+import device_time
+import kernels
+import kernels_page
+
+CASES = {case.name: case for case in [*kernels.optimizer_cases(), *kernels.row_cases()]}
+PEERS = kernels.PEERS["cases"]
+# Recorded for formats that are not timed here.
+OTHER_FORMATS = ("adamw bfloat16/", "adamw bfloat16 gradients/")
+
+
+def test_every_recorded_peer_has_its_case():
+    missing = [name for name in PEERS if name not in CASES and not name.startswith(OTHER_FORMATS)]
+    assert not missing
+
+
+@pytest.mark.parametrize("name", [name for name in PEERS if name in CASES])
+def test_floors_are_those_that_the_peers_were_told_by(name):
+    for peer, figures in PEERS[name].items():
+        # GB/s are rounded to 1, microseconds to the four digits or the tenth that were recorded.
+        rounding = 0.5 / figures["GB/s"] + max(0.05, 5e-4 * figures["us"]) / figures["us"]
+        assert CASES[name].floor_bytes / figures["us"] / 1e3 == pytest.approx(figures["GB/s"], rel=rounding), peer
+
+
+def test_every_shape_of_a_peer_is_timed_with_it():
+    for op, shapes in {
+        "layer_norm": kernels.PEER_NORMS,
+        "softmax": kernels.PEER_ROWS,
+        "causal": kernels.SQUARES,
+    }.items():
+        sought = [f"{op}/{'x'.join(map(str, shape))}/" for shape in shapes]
+        assert all(name in PEERS for name in CASES if name.startswith(tuple(sought)))
+    assert "adamw/1.3B" in PEERS and len(kernels.LEAVES["1.3B"]) == 292 and len(kernels.LEAVES["ViT-S"]) == 296
+
+
+def small(index, spec):
+    return jax.random.normal(jax.random.key(index), spec.shape, spec.dtype)
+
+
+@pytest.mark.parametrize("op", kernels.ROW_OPS)
+@pytest.mark.parametrize("saved", [False, True])
+def test_directions_give_what_autodiff_gives(op, saved):
+    arguments = kernels.row_arguments(op, (2, 16, 16), "float32")
+    plain = kernels.layer_norm_reference if op == "layer_norm" else kernels.softmax_reference
+    values = [small(i, spec) for i, spec in enumerate(arguments)]
+    y, vjp = jax.vjp(plain, *values)
+    wanted = {"forward": y, "backward": vjp(small(3, arguments[0]))}
+    wanted["forward+backward"] = (y, wanted["backward"])
+    for direction in kernels.ROW_OPS[op][1]:
+        run, make_arguments = kernels.compile_rows(plain, arguments, direction, saved=saved)
+        got = run(*make_arguments(small))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), got, wanted[direction])
+
+
+def test_unfused_lamb_is_lamb():
+    """Its passes by hand, on the first step from zero moments, against the formula: p - lr (|p| / |u|) u."""
+    arrays = {"m": jnp.zeros(3), "v": jnp.zeros(3), "g": jnp.array([1.0, -2.0, 3.0]), "p": jnp.array([2.0, 1.0, 2.0])}
+    p = arrays["p"]
+    for out, f, names in kernels.UNFUSED_LAMB:
+        arrays[out] = f(*(arrays[name] for name in names.split()))
+    u = jnp.sign(arrays["g"]) * 0.03 / math.sqrt(0.001) + 0.01 * p  # moments corrected by 0.1 and 0.03 squared
+    np.testing.assert_allclose(arrays["p"], p - 1e-3 * 3 / jnp.linalg.norm(u) * u, rtol=1e-4)
+
+
+def test_no_time_without_a_profile_of_kernels():
+    with pytest.raises(RuntimeError, match="the profiler saw 0 kernels in 2 calls"):
+        device_time.device_time(lambda i: jnp.zeros(i + 1), warm=1, timed=2)
+
+
+def test_run_writes_the_page(monkeypatch, tmp_path, capsys):
+    """All but the profiler, in whose place every call takes 100 us."""
+
+    def timed_as_run(step, *, warm, timed):
+        jax.block_until_ready(step(0))
+        return device_time.Timing(100.0, 2)
+
+    shapes = {"layer_norm": (64, 128), "softmax": (32, 4096), "causal": (2, 16, 16)}
+    small_ops = {op: ([shape], *kernels.ROW_OPS[op][1:]) for op, shape in shapes.items()}
+    peers = {"softmax/32x4096/float32/forward": {"torch": {"us": 150.0}, "quack": {"us": 80.0}}}
+    peers["softmax/32x4096/float32/backward"] = {"torch": {"us": 60.0}}
+    monkeypatch.setattr(kernels, "ROW_OPS", small_ops)
+    monkeypatch.setattr(kernels, "LEAVES", {"1.3B": [(8, 8), (8,)]})
+    monkeypatch.setattr(kernels, "PEERS", {"origin": "A sample.", "cases": peers})
+    monkeypatch.setattr(kernels, "draw", small)
+    monkeypatch.setattr(kernels, "copy_ceiling", lambda: 4000.0)
+    monkeypatch.setattr(kernels, "device_time", timed_as_run)
+    monkeypatch.setattr(kernels, "rotating", lambda run, make: timed_as_run(lambda _: run(*make()), warm=0, timed=1))
+    monkeypatch.setattr(sys, "argv", ["kernels.py", "lamb", "float32", f"--out={tmp_path}", "--commit=abc"])
+    kernels.main()
+    (path,) = tmp_path.glob("*.json")
+    results = json.loads(path.read_text())
+    page = path.with_suffix(".md").read_text()
+    assert page == kernels_page.markdown(results)
+    assert "softmax/32x4096/f32/bwd" in capsys.readouterr().out
+    assert "commit abc" in page and "| softmax, forward + backward, 32x4096, float32 | 210.0 |" in page
+    assert "recorded peer in 0 of 2; behind in: softmax/32x4096/float32/backward 0.60x" in page
+    assert all(set(row["times"]) >= {"zerojax", "xla"} for row in results["rows"]) and len(results["rows"]) == 8
+    assert all(title in page for title in kernels_page.SECTIONS)
