@@ -192,18 +192,24 @@ def row_cases() -> list[Case]:
     """Every kernel on rows, over its shapes, dtypes and directions."""
     cases = []
     for op, (shapes, directions, options) in ROW_OPS.items():
-        ours, plain = (layer_norm, layer_norm_reference) if op == "layer_norm" else (softmax, softmax_reference)
+        f, plain = (layer_norm, layer_norm_reference) if op == "layer_norm" else (softmax, softmax_reference)
         choice = layer_norm_choice if op == "layer_norm" else softmax_choice
+        implementations = {  # and whether their backward pass is given what the forward pass saved
+            "zerojax": (functools.partial(f, **options), True),
+            "xla": (functools.partial(f, implementation="xla", **options), True),
+            "autodiff": (functools.partial(plain, **options), False),
+        }
         for dtype in DTYPES:
             for shape in shapes:
                 arguments = row_arguments(op, shape, dtype)
                 runs = choice(*arguments, **options).implementation
                 for direction in directions:
-                    of = (arguments, direction)
                     programs = {
-                        "zerojax": functools.partial(row_program, functools.partial(ours, **options), *of, saved=True),
-                        "xla": functools.partial(row_program, functools.partial(plain, **options), *of, saved=False),
+                        key: functools.partial(row_program, f, arguments, direction, saved=saved)
+                        for key, (f, saved) in implementations.items()
                     }
+                    if direction == "forward":  # that of XLA's form
+                        del programs["autodiff"]
                     name = f"{op}/{'x'.join(map(str, shape))}/{dtype}/{direction}"
                     cases.append(Case(name, row_floor(op, arguments[0], direction), runs, programs))
     return cases
@@ -243,24 +249,24 @@ def compile_rows(
 ) -> tuple[Any, Callable[..., tuple[Any, ...]]]:
     """One direction of `f`, compiled, and what makes its arguments by `draw(index, spec)`.
 
-    A backward pass is given what the forward pass saved, where that is `saved`; else x and weights, from which XLA
-    computes what it needs: autodiff's own residuals are several arrays as large as x, in float32.
+    A backward pass is given arrays like those that the forward pass saved, where that is `saved`; else x and weights,
+    from which XLA computes what it needs.
     """
-    dy, draw_all = arguments[0], lambda draw: [draw(i, spec) for i, spec in enumerate(arguments)]
 
     def pull_back(dy: jax.Array, *arguments: jax.Array) -> Any:
         y, vjp = jax.vjp(f, *arguments)
         return vjp(dy) if direction == "backward" else (y, vjp(dy))
 
     if direction == "forward":
-        return jax.jit(f).lower(*arguments).compile(), draw_all
-    if direction == "backward" and saved:
+        program, specs = f, arguments
+    elif direction == "backward" and saved:
         save = jax.jit(lambda *arguments: jax.vjp(f, *arguments)[1]).lower(*arguments)
-        run = jax.jit(lambda vjp, dy: vjp(dy)).lower(save.out_info, dy).compile()
-        save = save.compile()
-        return run, lambda draw: (save(*draw_all(draw)), draw(3, dy))
-    run = jax.jit(pull_back).lower(dy, *arguments).compile()
-    return run, lambda draw: (draw(3, dy), *draw_all(draw))
+        program, specs = (lambda vjp, dy: vjp(dy)), [save.out_info, arguments[0]]
+    else:
+        program, specs = pull_back, [arguments[0], *arguments]
+    leaves, tree = jax.tree.flatten(specs)
+    run = jax.jit(program).lower(*specs).compile()
+    return run, lambda draw: tree.unflatten([draw(i, leaf) for i, leaf in enumerate(leaves)])
 
 
 @functools.cache
@@ -282,6 +288,8 @@ def draw(index: int, spec: jax.ShapeDtypeStruct) -> jax.Array:
 
 # The run
 
+TOGETHER = 30  # cases that are compiled at once
+
 
 def measured(timing: Timing, compiled: Any) -> dict[str, Any]:
     """A timing as it stands in the results."""
@@ -290,26 +298,28 @@ def measured(timing: Timing, compiled: Any) -> dict[str, Any]:
 
 
 def measure(cases: list[Case], deadline: float) -> list[dict[str, Any]]:
-    """Compiles all, in threads, then times one after the other: compiling runs kernels of its own."""
-    start = time.monotonic()
-    with futures.ThreadPoolExecutor() as pool:
-        jobs = {(case.name, key): pool.submit(p) for case in cases for key, p in case.programs.items()}
-        futures.wait(jobs.values(), timeout=deadline - time.monotonic())
-        pool.shutdown(cancel_futures=True)
-    print(f"compiled {len(jobs)} programs in {time.monotonic() - start:.0f} s", flush=True)
+    """Compiles some cases, in threads, then times them one after the other: compiling runs kernels of its own."""
     rows = []
-    for case in cases:
-        times = {}
-        for key in case.programs:
-            try:
-                if time.monotonic() > deadline:
-                    raise TimeoutError("no time left")
-                times[key] = jobs[case.name, key].result()()
-            except Exception as error:  # one kernel's failure is no other's
-                print(f"{case.name} {key}: {type(error).__name__}: {str(error)[:300]}", flush=True)
-        row = {"name": case.name, "floor_bytes": case.floor_bytes, "runs": case.runs, "times": times}
-        rows.append(row | {"peers": PEERS["cases"].get(case.name, {})})
-        print(kernels_page.short(rows[-1]), flush=True)
+    with futures.ThreadPoolExecutor() as threads:
+        for first in range(0, len(cases), TOGETHER):
+            together, start = cases[first : first + TOGETHER], time.monotonic()
+            jobs = {(case.name, key): threads.submit(p) for case in together for key, p in case.programs.items()}
+            futures.wait(jobs.values(), timeout=max(0, deadline - start))
+            print(f"{len(jobs)} programs, {time.monotonic() - start:.0f} s to compile", flush=True)
+            for case in together:
+                times = {}
+                for key in case.programs:
+                    try:
+                        times[key] = jobs[case.name, key].result(timeout=0)()
+                    except Exception as error:  # one kernel's failure is no other's
+                        print(f"{case.name} {key}: {type(error).__name__} {str(error)[:300]}", flush=True)
+                row = {"name": case.name, "floor_bytes": case.floor_bytes, "runs": case.runs, "times": times}
+                rows.append(row | {"peers": PEERS["cases"].get(case.name, {})})
+                print(kernels_page.short(rows[-1]), flush=True)
+            if time.monotonic() > deadline:
+                print(f"no time left for {len(cases) - len(rows)} cases", flush=True)
+                threads.shutdown(wait=False, cancel_futures=True)
+                break
     return rows
 
 
@@ -329,11 +339,15 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--commit", help="for the page's head, where git is absent")
     parser.add_argument("--seconds", type=float, default=3600, help="what is not timed by then is left out")
+    parser.add_argument("--ours", action="store_true", help="leave out XLA, whose programs take longest to compile")
     parser.add_argument("--list", action="store_true", help="list the cases, run nothing")
     args = parser.parse_args()
     start = time.monotonic()
     cases = [*optimizer_cases(), *row_cases()]
     cases = [case for case in cases if not args.cases or any(part in case.name for part in args.cases)]
+    if args.ours:
+        without = lambda programs: {key: p for key, p in programs.items() if key not in kernels_page.XLA}
+        cases = [dataclasses.replace(case, programs=without(case.programs)) for case in cases]
     if args.list:
         for case in cases:
             print(f"{case.name:55s} {case.floor_bytes / 1e6:8.1f} MB  {', '.join(PEERS['cases'].get(case.name, []))}")
