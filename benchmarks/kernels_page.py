@@ -21,16 +21,16 @@ once more, as it scales each leaf by norms of params and step. XLA: Optax, under
     "LayerNorm": """
 scale and bias in float32, no residual; the backward pass gives dx, dscale and dbias. Bytes: x read and y written
 forward; x and dy read, dx written backward; as the peers count them also scale, bias and their gradients, in x's
-dtype, and a mean and a deviation a row, in float32. The fastest of XLA's is told: the op's own XLA form, whose backward
-pass, like the kernel's, is given what the forward pass saved, and autodiff of `layer_norm_reference` from x.
+dtype, and a mean and a deviation a row, in float32. XLA: the op's own XLA form, whose backward pass, like the kernel's,
+is given what the forward pass saved.
 """,
     "Softmax": """
-Bytes: x read and y written forward; y and dy read, dx written backward. The fastest of XLA's is told: the op's own
-XLA form, whose backward pass, like the kernel's, is given y, and autodiff of `softmax_reference` from x.
+Bytes: x read and y written forward; y and dy read, dx written backward. XLA: the op's own XLA form, whose
+backward pass, like the kernel's, is given y, or autodiff of `softmax_reference` from x where that is faster.
 """,
     "Causal scaled softmax": """
-scale 0.125. Bytes: as softmax, but the masked half is not read; it is written, as zeros. XLA: as for softmax. Of the
-peers Triton's forward skips the masked half, the others read it.
+scale 0.125. Bytes: as softmax, but the masked half is not read; it is written, as zeros. XLA: the op's own
+XLA form. Of the peers Triton's forward skips the masked half, the others read it.
 """,
 }
 METHOD = """
@@ -86,9 +86,9 @@ def short(row: Row) -> str:
         name = name.replace(word, short_word)
     mine = us(row, "zerojax")
     if mine is None:
-        return f"{name:30s} not timed"
+        return f"{name:29s} failed"
     speeds = "".join(f" {other} {ratio:.2f}x" for other, ratio in ratios(row).items())
-    return f"{name:30s} {row['runs']:6s}{mine:8.1f}us {row['floor_bytes'] / mine / 1e3:5.0f}GB/s{speeds}"
+    return f"{name:29s}{mine:8.1f}us {row['floor_bytes'] / mine / 1e3:5.0f}GB/s{speeds}"
 
 
 def claims(rows: list[Row]) -> list[dict[str, Any]]:
@@ -154,7 +154,7 @@ def cells(row: Row, ceiling: float) -> dict[str, Any]:
         "GB/s": round(rate) if rate else "",
         "of a copy": f"{rate / ceiling:.1%}" if rate else "",
         "launches": fastest(row, "zerojax").get("launches", ""),
-        "XLA, us": us(row, *XLA) or "",
+        "XLA, us": us(row, *XLA) or ("failed" if "xla" in row["errors"] else ""),
         "XLA launches": fastest(row, *XLA).get("launches", ""),
         "over XLA": times("xla"),
         "best peer, us": f"{peer[0]} {peer[1]}" if peer else "",
