@@ -24,6 +24,16 @@ class Timing:
     launches: float
 
 
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """An op on arrays of given shapes. A program compiles when it is called, and returns what measures it."""
+
+    name: str
+    floor_bytes: int
+    runs: str
+    programs: dict[str, Callable[[], Callable[[], dict[str, Any]]]]
+
+
 def device_time(step: Callable[[int], Any], *, warm: int, timed: int) -> Timing:
     """Times `step(i)`, which starts call i and returns its arrays; the first `warm` calls are not counted.
 
@@ -93,3 +103,9 @@ def copy_ceiling() -> float:
         return x
 
     return 2 * x.nbytes / device_time(step, warm=3, timed=10).us / 1e3
+
+
+def measured(timing: Timing, compiled: Any) -> dict[str, Any]:
+    """A timing as it stands in the results."""
+    temp_mb = compiled.memory_analysis().temp_size_in_bytes / 1e6
+    return {"us": round(timing.us, 1), "launches": timing.launches, "temp_mb": round(temp_mb, 1)}

@@ -16,8 +16,9 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "benchma
 import device_time
 import kernels
 import kernels_page
+import row_cases
 
-CASES = {case.name: case for case in [*kernels.optimizer_cases(), *kernels.row_cases()]}
+CASES = {case.name: case for case in [*kernels.optimizer_cases(), *row_cases.row_cases()]}
 PEERS = kernels.PEERS["cases"]
 # Recorded for formats that are not timed here.
 OTHER_FORMATS = ("adamw bfloat16/", "adamw bfloat16 gradients/")
@@ -38,9 +39,9 @@ def test_floors_are_those_that_the_peers_were_told_by(name):
 
 def test_every_shape_of_a_peer_is_timed_with_it():
     for op, shapes in {
-        "layer_norm": kernels.PEER_NORMS,
-        "softmax": kernels.PEER_ROWS,
-        "causal": kernels.SQUARES,
+        "layer_norm": row_cases.PEER_NORMS,
+        "softmax": row_cases.PEER_ROWS,
+        "causal": row_cases.SQUARES,
     }.items():
         sought = [f"{op}/{'x'.join(map(str, shape))}/" for shape in shapes]
         assert all(name in PEERS for name in CASES if name.startswith(tuple(sought)))
@@ -51,21 +52,21 @@ def small(index, spec):
     return jax.random.normal(jax.random.key(index), spec.shape, spec.dtype)
 
 
-@pytest.mark.parametrize("op", kernels.ROW_OPS)
+@pytest.mark.parametrize("op", row_cases.ROW_OPS)
 def test_directions_give_what_autodiff_gives(op):
-    arguments = kernels.row_arguments(op, (2, 16, 16), "float32")
-    f = functools.partial(kernels.layer_norm if op == "layer_norm" else kernels.softmax, implementation="xla")
+    arguments = row_cases.row_arguments(op, (2, 16, 16), "float32")
+    f = functools.partial(row_cases.layer_norm if op == "layer_norm" else row_cases.softmax, implementation="xla")
     dy, *values = [small(i, spec) for i, spec in enumerate([arguments[0], *arguments])]
     y, vjp = jax.vjp(f, *values)
     for direction, wanted in {"backward": vjp(dy), "forward+backward": (y, vjp(dy))}.items():
-        run, make_arguments = kernels.compile_rows(f, arguments, direction, saved=False)
+        run, make_arguments = row_cases.compile_rows(f, arguments, direction, saved=False)
         got = run(*make_arguments(small))
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), got, wanted)
 
 
 def test_backward_pass_is_given_what_the_forward_pass_saved():
-    (x,) = kernels.row_arguments("softmax", (4, 16), "float32")
-    run, make_arguments = kernels.compile_rows(kernels.softmax, [x], "backward", saved=True)
+    (x,) = row_cases.row_arguments("softmax", (4, 16), "float32")
+    run, make_arguments = row_cases.compile_rows(row_cases.softmax, [x], "backward", saved=True)
     y, dy = small(0, x), small(1, x)
     (dx,) = run(*make_arguments(small))
     np.testing.assert_allclose(dx, y * (dy - (dy * y).sum(-1, keepdims=True)), rtol=1e-5, atol=1e-5)
@@ -94,17 +95,17 @@ def test_run_writes_the_page(monkeypatch, tmp_path, capsys):
         return device_time.Timing(100.0, 2)
 
     shapes = {"layer_norm": (64, 128), "softmax": (32, 4096), "causal": (2, 16, 16)}
-    small_ops = {op: ([shape], kernels.ROW_OPS[op][1]) for op, shape in shapes.items()}
+    small_ops = {op: ([shape], row_cases.ROW_OPS[op][1]) for op, shape in shapes.items()}
     peers = {"softmax/32x4096/float32/forward": {"torch": {"us": 150.0}, "quack": {"us": 80.0}}}
     peers["softmax/32x4096/float32/backward"] = {"torch": {"us": 60.0}}
-    monkeypatch.setattr(kernels, "ROW_OPS", small_ops)
+    monkeypatch.setattr(row_cases, "ROW_OPS", small_ops)
     monkeypatch.setattr(kernels, "LEAVES", {"1.3B": [(8, 8), (8,)]})
     monkeypatch.setattr(kernels, "PEERS", {"origin": "A sample.", "cases": peers})
-    monkeypatch.setattr(kernels, "PEER_NORMS", [(64, 128)])
-    monkeypatch.setattr(kernels, "POOL", 2**18)
+    monkeypatch.setattr(row_cases, "PEER_NORMS", [(64, 128)])
+    monkeypatch.setattr(row_cases, "POOL", 2**18)
     monkeypatch.setattr(kernels, "copy_ceiling", lambda: 4000.0)
     monkeypatch.setattr(kernels, "device_time", timed_as_run)
-    monkeypatch.setattr(kernels, "rotating", lambda run, make: timed_as_run(lambda _: run(*make()), warm=0, timed=1))
+    monkeypatch.setattr(row_cases, "rotating", lambda run, make: timed_as_run(lambda _: run(*make()), warm=0, timed=1))
     monkeypatch.setattr(sys, "argv", ["kernels.py", "lamb", "float32", f"--out={tmp_path}", "--commit=abc"])
     kernels.main()
     (path,) = tmp_path.glob("*.json")
