@@ -2,24 +2,26 @@
 
 Bytes an element in float32: params, mu and nu are read and written once, gradients read once: 28. Optax's update and
 `apply_updates` in one jit move as few, in one XLA kernel a leaf; here many leaves share a launch. What precedes the
-update, a clip factor, a loss scale, a skipped step, are scalars here and not passes of their own.
+update, a clip factor, a loss scale, a skipped step, are scalars here and not passes of their own. Fewer bytes take
+other formats (formats.py): 18 with bfloat16 moments and gradients, 14 with 8-bit moments and params in two halves.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import dispatch, leaves
+from pallas_kernels import dispatch, formats, leaves, stored
+from pallas_kernels.formats import Place, Tools, widen
 
 Config = leaves.Config
 
 
 class Scalars(NamedTuple):
-    """What one step of Adam needs beside arrays: float32 scalars, so that none of them compiles anew.
+    """What one step of Adam needs beside arrays: float32 scalars (seed: int32), so that none of them compiles anew.
 
     Attributes:
       learning_rate: Step size.
@@ -32,6 +34,7 @@ class Scalars(NamedTuple):
       nu_factor: nu_hat = nu_factor nu: bias correction.
       scale: Multiplies the gradient: clip factor, inverse of a loss scale.
       apply: 1, or 0 to leave everything as it is, whatever the gradients hold.
+      seed: Of the step, for what is rounded stochastically.
     """
 
     learning_rate: Any
@@ -48,6 +51,7 @@ class Scalars(NamedTuple):
     nu_factor: Any
     scale: Any
     apply: Any
+    seed: Any = None
 
 
 def adam_scalars(
@@ -80,12 +84,12 @@ def adam_scalars(
       apply: bool scalar; False leaves everything as it is.
 
     Returns:
-      float32 scalars.
+      float32 scalars, and the count as the step's seed.
 
     Precision:
       1 - b**t is formed as -expm1(t log b): formed in float32 it is off by 1.3e-5 at b = 0.999, t = 1.
     """
-    count = jnp.asarray(count, jnp.float32)
+    seed, count = jnp.asarray(count, jnp.int32), jnp.asarray(count, jnp.float32)
     # By 1 - b, which a Python float gives in more digits than float32 has of b. At b = 0 there is no bias.
     unbias = lambda b, t: jnp.where(b == 0, 1.0, -1 / jnp.expm1(t * jnp.log1p(jnp.float32(b - 1))))
     if nesterov:
@@ -96,7 +100,7 @@ def adam_scalars(
         learning_rate, b1, b2, 1 - b1, 1 - b2, eps, eps_root, weight_decay, l2,
         mu_factor, grad_factor, unbias(b2, count), scale, apply,
     )  # fmt: skip
-    return Scalars(*(jnp.asarray(x, jnp.float32) for x in values))
+    return Scalars(*(jnp.asarray(x, jnp.float32) for x in values), seed)
 
 
 def moments(
@@ -114,55 +118,74 @@ def moments(
 
 
 def direction(
-    s: Scalars, p: jax.Array | None, g: jax.Array | None, mu: jax.Array, nu: jax.Array, decay: Any
+    s: Scalars,
+    p: jax.Array | None,
+    g: jax.Array | None,
+    mu: jax.Array,
+    nu: jax.Array,
+    decay: Any,
+    tools: Tools = formats.EXACT,
 ) -> jax.Array:
     """What a step subtracts before the learning rate, of the new moments; `g` of `moments`, for Nesterov momentum."""
     momentum = s.mu_factor * mu if g is None else s.mu_factor * mu + s.grad_factor * g
-    step = momentum / (jnp.sqrt(s.nu_factor * nu + s.eps_root) + s.eps)
+    step = tools.divide(momentum, tools.sqrt(s.nu_factor * nu + s.eps_root) + s.eps)
     return step if p is None else step + (s.weight_decay * decay) * p
 
 
-def adam_delta(
-    s: Scalars, p: jax.Array | None, g: jax.Array, mu: jax.Array, nu: jax.Array, decay: Any
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """What one step adds to a leaf, and its new moments; arguments are those of `moments`."""
-    g, mu, nu = moments(s, p, g, mu, nu, decay)
-    return -s.learning_rate * direction(s, p, g, mu, nu, decay), mu, nu
+def stored_moments(
+    s: Scalars, mu: jax.Array, nu: jax.Array, old_mu: Any, old_nu: Any, place: Place
+) -> tuple[Any, Any]:
+    """Moments as they are kept: each with its half of the random bits."""
+    pairs = ((mu, old_mu), (nu, old_nu))
+    mu, nu = (formats.encode(x, old, half=k, seed=s.seed, place=place) for k, (x, old) in enumerate(pairs))
+    return mu, nu
+
+
+def adam_step(
+    s: Scalars, p: jax.Array | None, g: jax.Array, mu: Any, nu: Any, decay: Any, place: Place = formats.WHOLE
+) -> tuple[jax.Array, Any, Any]:
+    """What one step adds to a leaf, and its new moments, stored as the old ones are; `p` as in `moments`."""
+    g, new_mu, new_nu = moments(s, p, widen(g), formats.decode(mu), formats.decode(nu), decay)
+    delta = -s.learning_rate * direction(s, p, g, new_mu, new_nu, decay)
+    return delta, *stored_moments(s, new_mu, new_nu, mu, nu, place)
 
 
 def adam(
-    params: Sequence[jax.Array],
+    params: Sequence[Any],
     grads: Sequence[jax.Array],
-    mu: Sequence[jax.Array],
-    nu: Sequence[jax.Array],
+    mu: Sequence[Any],
+    nu: Sequence[Any],
     scalars: Scalars,
     *,
     decay: Sequence[bool] | None = None,
+    places: Sequence[Place] | None = None,
     implementation: str | None = None,
     config: Config | None = None,
-) -> tuple[list[jax.Array], list[jax.Array], list[jax.Array]]:
+) -> tuple[list[Any], list[Any], list[Any]]:
     """One step of Adam, in place where params, mu and nu are donated.
 
     Args:
-      params: Leaves of any shape, of a floating dtype.
+      params: Leaves of any shape, of a floating dtype, or `formats.Split` or `formats.Copied`.
       grads: Likewise, float32 or 16-bit.
-      mu: First moments, of the params' shapes.
-      nu: Second moments.
+      mu: First moments, of the params' shapes; or `formats.Blocks`.
+      nu: Second moments, likewise.
       scalars: From `adam_scalars`.
       decay: Which leaves decay; all by default.
+      places: Where leaves that are shards lie in whole ones, for the random bits of stochastic rounding; by default
+        leaves are whole, and their number is their place in the list.
       implementation: None, "mosaic", "xla" or "interpret".
       config: Launch choices; by default those measured best.
 
     Returns:
-      New `(params, mu, nu)`, lists in the dtypes that came.
+      New `(params, mu, nu)`, lists in the formats that came.
 
     Raises:
       ValueError: lists or shapes do not match; the implementation asked for cannot run here.
       TypeError: a leaf of a dtype that is not floating.
 
     Precision:
-      float32 arithmetic, rounded to nearest where stored in 16 bits. The kernel's square root and division are good to
-      2 units in the last place.
+      float32 arithmetic. Stored in 16 bits, params and float16 moments are rounded to nearest; bfloat16 moments and
+      `formats.Blocks` stochastically. The kernel's square root and division are good to 2 units in the last place.
 
     Example:
       >>> p, g, zero = [jnp.ones(4)], [jnp.full(4, 0.5)], [jnp.zeros(4)]
@@ -174,36 +197,76 @@ def adam(
       Kingma and Ba, arXiv:1412.6980, Algorithm 1; Loshchilov and Hutter, arXiv:1711.05101, Algorithm 2.
     """
     decay = [True] * len(params) if decay is None else list(decay)
+    places = list(map(Place, range(len(params)))) if places is None else places
     check("adam", params, grads, mu, nu, decay)
     choice = adam_choice(params, grads, mu, nu, implementation=implementation)
+    by_xla = lambda lists, decay, places: adam_reference(*lists, scalars, decay=decay, places=places)
     if choice.implementation == "xla":
-        return adam_reference(params, grads, mu, nu, scalars, decay=decay)
-    (new_params, new_mu, new_nu), _ = leaves.run(
-        "adam",
-        lambda s, p, m, v, g, d: _step(Scalars(*s), p, g, m, v, d),
-        jnp.stack(scalars),
-        [params, mu, nu],
-        [grads],
-        factors=jnp.array(decay, jnp.float32)[:, None],
-        config=config or Config(),
-        implementation=choice.implementation,
-    )
-    return new_params, new_mu, new_nu
+        return by_xla((params, grads, mu, nu), decay, places)
+
+    def kernel(lists: stored.Lists, decay: Sequence[bool], places: Sequence[Place]) -> list[list[Any]]:
+        params, grads, mu, nu = lists
+        return stored.run(
+            "adam",
+            _body,
+            floats(scalars),
+            [params, mu, nu],
+            [grads],
+            halves=(None, 0, 1, None),
+            factors=jnp.array(decay, jnp.float32)[:, None],
+            seed=scalars.seed,
+            places=places,
+            config=config,
+            implementation=choice.implementation,
+        )[0]
+
+    new = stored.by_service(kernel, by_xla, (params, grads, mu, nu), decay, places)
+    return new[0], new[1], new[2]
+
+
+def _body(
+    tools: Tools, s: list[jax.Array], p: jax.Array, mu: jax.Array, nu: jax.Array, g: jax.Array, d: jax.Array
+) -> tuple[jax.Array, ...]:
+    here = Scalars(*s)
+    g, mu, nu = moments(here, p, g, mu, nu, d)
+    return p - here.learning_rate * direction(here, p, g, mu, nu, d, tools), mu, nu
 
 
 def adam_reference(
-    params: Sequence[jax.Array],
+    params: Sequence[Any],
     grads: Sequence[jax.Array],
-    mu: Sequence[jax.Array],
-    nu: Sequence[jax.Array],
+    mu: Sequence[Any],
+    nu: Sequence[Any],
     scalars: Scalars,
     *,
     decay: Sequence[bool] | None = None,
-) -> tuple[list[jax.Array], list[jax.Array], list[jax.Array]]:
+    places: Sequence[Place] | None = None,
+) -> tuple[list[Any], list[Any], list[Any]]:
     """`adam` in jnp, which XLA fuses into one kernel a leaf."""
+    return by_leaf(adam_step, params, grads, mu, nu, scalars, decay, places)
+
+
+def by_leaf(
+    step: Callable[..., tuple[jax.Array, Any, Any]],
+    params: Sequence[Any],
+    grads: Sequence[jax.Array],
+    mu: Sequence[Any],
+    nu: Sequence[Any],
+    s: Scalars,
+    decay: Sequence[bool] | None,
+    places: Sequence[Place] | None,
+) -> tuple[list[Any], list[Any], list[Any]]:
+    """An optimizer's step, leaf by leaf, in jnp; `step` as `adam_step`."""
     decay = [True] * len(params) if decay is None else decay
-    new = [_step(scalars, *leaf) for leaf in zip(params, grads, mu, nu, decay, strict=True)]
-    return [x[0] for x in new], [x[1] for x in new], [x[2] for x in new]
+    places = list(map(Place, range(len(params)))) if places is None else places
+    new: tuple[list[Any], list[Any], list[Any]] = ([], [], [])
+    for leaf in zip(params, grads, mu, nu, decay, places, strict=True):
+        p, wide = leaf[0], formats.decode(leaf[0])
+        delta, *moments = step(s, wide, *leaf[1:])
+        changed = formats.encode(wide + delta, p), *moments
+        for column, x, old in zip(new, changed, (p, *leaf[2:4]), strict=True):
+            column.append(formats.keep(s.apply > 0, x, old))
+    return new
 
 
 def adam_choice(
@@ -218,28 +281,15 @@ def adam_choice(
 def unserved(arrays: Any) -> str | None:
     """Why the kernels cannot take these leaves, or None."""
     served = ("float32", "bfloat16", "float16")
-    if others := {x.dtype.name for x in jax.tree.leaves(arrays)}.difference(served):
+    plain = [x for x in jax.tree.leaves(arrays, is_leaf=formats.is_stored) if not formats.is_stored(x)]
+    if others := {x.dtype.name for x in plain}.difference(served):
         return f"kernels serve {', '.join(served)}, not {', '.join(sorted(others))}"
     return None
 
 
-def _step(
-    s: Scalars, p: jax.Array, g: jax.Array, mu: jax.Array, nu: jax.Array, decay: Any
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    wide = widen(p)
-    delta, new_mu, new_nu = adam_delta(s, wide, widen(g), widen(mu), widen(nu), decay)
-    return keep(s, wide + delta, p), keep(s, new_mu, mu), keep(s, new_nu, nu)
-
-
-def keep(s: Scalars, new: jax.Array, old: jax.Array) -> jax.Array:
-    """`new` in the dtype of `old`, or `old` in a step that is not applied."""
-    # Compared as a block: the kernel's compiler broadcasts numbers, but no booleans.
-    return jnp.where(jnp.broadcast_to(s.apply, old.shape) > 0, new.astype(old.dtype), old)
-
-
-def widen(x: jax.Array) -> jax.Array:
-    """`x` in the dtype that it is computed in: float32 or wider."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+def floats(s: Scalars) -> jax.Array:
+    """The float32 ones; the last is `apply`."""
+    return jnp.stack(s[:-1])
 
 
 def check(
@@ -251,8 +301,11 @@ def check(
         came = ", ".join(f"{len(x)} {name}" for name, x in lists.items())
         raise ValueError(f"{op}: lists of one length are wanted, one entry a leaf, got {came}.")
     for i, p in enumerate(params):
+        shape = formats.shape_of(p)
         for name, x in (("params", p), ("grads", grads[i]), ("mu", mu[i]), ("nu", nu[i])):
-            if x.shape != p.shape:
-                raise ValueError(f"{op}: leaf {i} has shape {list(x.shape)} in {name}, {list(p.shape)} in params.")
-            if not jnp.issubdtype(x.dtype, jnp.floating):
+            if formats.shape_of(x) != shape:
+                raise ValueError(
+                    f"{op}: leaf {i} has shape {list(formats.shape_of(x))} in {name}, {list(shape)} in params."
+                )
+            if not formats.is_stored(x) and not jnp.issubdtype(x.dtype, jnp.floating):
                 raise TypeError(f"{op}: leaf {i} of {name} has dtype {x.dtype}; floating dtypes are served.")

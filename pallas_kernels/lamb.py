@@ -6,15 +6,25 @@ new moments rather than store it; the new moments read once more for that are co
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import dispatch, leaves
-from pallas_kernels.adam import Scalars, adam_scalars, check, direction, keep, moments, unserved, widen
+from pallas_kernels import dispatch, formats, leaves, stored
+from pallas_kernels.adam import (
+    Scalars,
+    adam_scalars,
+    by_leaf,
+    check,
+    direction,
+    floats,
+    moments,
+    stored_moments,
+    unserved,
+)
+from pallas_kernels.formats import Place, Tools, widen
 
 Config = leaves.Config
 
@@ -48,42 +58,45 @@ def lamb_scalars(count: jax.Array, learning_rate: Any, *, variant: str = "optax"
 
 
 def lamb(
-    params: Sequence[jax.Array],
+    params: Sequence[Any],
     grads: Sequence[jax.Array],
-    mu: Sequence[jax.Array],
-    nu: Sequence[jax.Array],
+    mu: Sequence[Any],
+    nu: Sequence[Any],
     scalars: Scalars,
     *,
     trust: TrustRatio = UNLIMITED,
     decay: Sequence[bool] | None = None,
+    places: Sequence[Place] | None = None,
     across: Callable[[jax.Array], jax.Array] | None = None,
     implementation: str | None = None,
     config: Config | None = None,
-) -> tuple[list[jax.Array], list[jax.Array], list[jax.Array]]:
+) -> tuple[list[Any], list[Any], list[Any]]:
     """One step of LAMB.
 
     Args:
-      params: Leaves of any shape, of a floating dtype; each has a trust ratio of its own.
+      params: Leaves of any shape, of a floating dtype or a format of `formats`; each has a trust ratio of its own.
       grads: Likewise, float32 or 16-bit.
-      mu: First moments, of the params' shapes.
-      nu: Second moments.
+      mu: First moments, of the params' shapes; or `formats.Blocks`.
+      nu: Second moments, likewise.
       scalars: From `lamb_scalars`.
       trust: Limits of the ratio, which is 1 where either norm is 0.
       decay: Which leaves decay; all by default.
+      places: Where leaves that are shards lie in whole ones, as in `adam`.
       across: Sums float32[leaves, 2], squares of a device's shards of params and steps, over the devices that share a
         leaf; for a kernel that runs on shards.
       implementation: None, "mosaic", "xla" or "interpret".
       config: Launch choices; by default those measured best.
 
     Returns:
-      New `(params, mu, nu)`, lists in the dtypes that came.
+      New `(params, mu, nu)`, lists in the formats that came.
 
     Raises:
       ValueError: lists or shapes do not match; the implementation asked for cannot run here.
       TypeError: a leaf of a dtype that is not floating.
 
     Precision:
-      float32 arithmetic and norms, rounded to nearest where stored in 16 bits.
+      float32 arithmetic and norms; stored as by `adam`. A step is that of the moments as stored, the norm in its trust
+      ratio that of the step before they are rounded.
 
     Example:
       >>> p, g, zero = [jnp.full(4, 2.0)], [jnp.full(4, 0.5)], [jnp.zeros(4)]
@@ -95,46 +108,77 @@ def lamb(
       You et al., arXiv:1904.00962, Algorithm 2.
     """
     decay = [True] * len(params) if decay is None else list(decay)
+    places = list(map(Place, range(len(params)))) if places is None else places
     check("lamb", params, grads, mu, nu, decay)
     choice = lamb_choice(params, grads, mu, nu, implementation=implementation)
+    by_xla = lambda lists, decay, places: lamb_reference(*lists, scalars, trust=trust, decay=decay, places=places)
     if choice.implementation == "xla":
-        return lamb_reference(params, grads, mu, nu, scalars, trust=trust, decay=decay)
-    run = functools.partial(leaves.run, config=config or Config(), implementation=choice.implementation)
-    flags = jnp.array(decay, jnp.float32)
+        return by_xla((params, grads, mu, nu), decay, places)
+    new = stored.by_service(
+        lambda *leaves: _by_kernel(*leaves, scalars, trust, across, config, choice.implementation),
+        by_xla,
+        (params, grads, mu, nu),
+        decay,
+        places,
+    )
+    return new[0], new[1], new[2]
 
-    def first(s: list[jax.Array], m: jax.Array, v: jax.Array, p: jax.Array, g: jax.Array, d: jax.Array) -> Any:
-        here, wide = Scalars(*s), widen(p)
-        g, new_m, new_v = moments(here, wide, widen(g), widen(m), widen(v), d)
-        step = direction(here, wide, None, new_m, new_v, d)
-        return keep(here, new_m, m), keep(here, new_v, v), wide * wide, step * step
 
-    def second(s: list[jax.Array], p: jax.Array, m: jax.Array, v: jax.Array, rate: jax.Array, d: jax.Array) -> Any:
-        here, wide = Scalars(*s), widen(p)
-        return (keep(here, wide - rate * direction(here, wide, None, widen(m), widen(v), d), p),)
-
-    s = jnp.stack(scalars)
-    (new_mu, new_nu), squares = run("lamb_moments", first, s, [mu, nu], [params, grads], factors=flags[:, None], sums=2)
+def _by_kernel(
+    lists: stored.Lists,
+    decay: Sequence[bool],
+    places: Sequence[Place],
+    scalars: Scalars,
+    trust: TrustRatio,
+    across: Callable[[jax.Array], jax.Array] | None,
+    config: Config | None,
+    implementation: str,
+) -> list[list[Any]]:
+    params, grads, mu, nu = lists
+    s, flags = floats(scalars), jnp.array(decay, jnp.float32)
+    options: Any = {"seed": scalars.seed, "places": places, "config": config, "implementation": implementation}
+    (new_mu, new_nu), squares = stored.run(
+        "lamb_moments", _moments_and_squares, s, [mu, nu], [params, grads], halves=(0, 1, None, None),
+        factors=flags[:, None], sums=2, **options,
+    )  # fmt: skip
     squares = squares if across is None else across(squares)
     rates = scalars.learning_rate * trust_ratio(trust, squares[:, 0], squares[:, 1])
-    factors = jnp.stack([rates, flags], axis=1)
-    (new_params,), _ = run("lamb_params", second, s, [params], [new_mu, new_nu], factors=factors)
-    return new_params, new_mu, new_nu
+    (new_params,), _ = stored.run(
+        "lamb_params", _stepped, s, [params], [new_mu, new_nu], halves=(None, 0, 1),
+        factors=jnp.stack([rates, flags], axis=1), **options,
+    )  # fmt: skip
+    return [new_params, new_mu, new_nu]
+
+
+def _moments_and_squares(
+    tools: Tools, s: list[jax.Array], mu: jax.Array, nu: jax.Array, p: jax.Array, g: jax.Array, d: jax.Array
+) -> tuple[jax.Array, ...]:
+    here = Scalars(*s)
+    g, mu, nu = moments(here, p, g, mu, nu, d)
+    step = direction(here, p, None, mu, nu, d, tools)
+    return mu, nu, p * p, step * step
+
+
+def _stepped(
+    tools: Tools, s: list[jax.Array], p: jax.Array, mu: jax.Array, nu: jax.Array, rate: jax.Array, d: jax.Array
+) -> tuple[jax.Array]:
+    return (p - rate * direction(Scalars(*s), p, None, mu, nu, d, tools),)
 
 
 def lamb_reference(
-    params: Sequence[jax.Array],
+    params: Sequence[Any],
     grads: Sequence[jax.Array],
-    mu: Sequence[jax.Array],
-    nu: Sequence[jax.Array],
+    mu: Sequence[Any],
+    nu: Sequence[Any],
     scalars: Scalars,
     *,
     trust: TrustRatio = UNLIMITED,
     decay: Sequence[bool] | None = None,
-) -> tuple[list[jax.Array], list[jax.Array], list[jax.Array]]:
+    places: Sequence[Place] | None = None,
+) -> tuple[list[Any], list[Any], list[Any]]:
     """`lamb` in jnp."""
-    decay = [True] * len(params) if decay is None else decay
-    new = [_step(scalars, trust, *leaf) for leaf in zip(params, grads, mu, nu, decay, strict=True)]
-    return [x[0] for x in new], [x[1] for x in new], [x[2] for x in new]
+    step = lambda s, *leaf: lamb_step(s, trust, *leaf)
+    return by_leaf(step, params, grads, mu, nu, scalars, decay, places)
 
 
 def lamb_choice(
@@ -153,18 +197,13 @@ def trust_ratio(trust: TrustRatio, param_square: jax.Array, step_square: jax.Arr
     return jnp.where(defined, jnp.clip(ratio, trust.minimum, trust.maximum), 1)
 
 
-def lamb_delta(
-    s: Scalars, trust: TrustRatio, p: jax.Array, g: jax.Array, mu: jax.Array, nu: jax.Array, decay: Any
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """What one step adds to a leaf, and its new moments; arguments are those of `adam.moments`."""
-    g, mu, nu = moments(s, p, g, mu, nu, decay)
-    step = direction(s, p, None, mu, nu, decay)
-    return -s.learning_rate * trust_ratio(trust, jnp.sum(p * p), jnp.sum(step * step)) * step, mu, nu
-
-
-def _step(
-    s: Scalars, trust: TrustRatio, p: jax.Array, g: jax.Array, mu: jax.Array, nu: jax.Array, decay: Any
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    wide = widen(p)
-    delta, new_mu, new_nu = lamb_delta(s, trust, wide, widen(g), widen(mu), widen(nu), decay)
-    return keep(s, wide + delta, p), keep(s, new_mu, mu), keep(s, new_nu, nu)
+def lamb_step(
+    s: Scalars, trust: TrustRatio, p: jax.Array, g: jax.Array, mu: Any, nu: Any, decay: Any,
+    place: Place = formats.WHOLE,
+) -> tuple[jax.Array, Any, Any]:  # fmt: skip
+    """What one step adds to a leaf, and its new moments, stored as the old ones are; arguments as of `adam_step`."""
+    _, new_mu, new_nu = moments(s, p, widen(g), formats.decode(mu), formats.decode(nu), decay)
+    step = direction(s, p, None, new_mu, new_nu, decay)
+    rate = s.learning_rate * trust_ratio(trust, jnp.sum(p * p), jnp.sum(step * step))
+    mu, nu = stored_moments(s, new_mu, new_nu, mu, nu, place)
+    return -rate * direction(s, p, None, formats.decode(mu), formats.decode(nu), decay), mu, nu

@@ -9,16 +9,18 @@ there are. The tree halves the number of blocks at each step, so that blocks of 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 
-from pallas_kernels import dispatch, tiles
+from pallas_kernels import dispatch, formats, tiles
 from pallas_kernels.dispatch import plgpu
 
 THREADS = 128  # of a warpgroup
@@ -49,7 +51,33 @@ class Config:
     max_leaves: int = 500
 
 
-Body = Callable[..., tuple[jax.Array, ...]]
+@dataclasses.dataclass(frozen=True)
+class Here:
+    """What a body knows beside its arrays.
+
+    Attributes:
+      scalars: float32 scalars of the launch.
+      factors: Blocks, each filled with one of the leaf's factors.
+      bits: int32 block, random bits of each element; None without keys.
+      exact: Right to 2 units in the last place.
+      fast: By single instructions, which take numbers below 2**-126 for zero.
+    """
+
+    scalars: list[jax.Array]
+    factors: list[jax.Array]
+    bits: jax.Array | None
+    exact: formats.Tools
+    fast: formats.Tools
+
+
+Body = Callable[..., Sequence[jax.Array]]
+
+
+class Keys(NamedTuple):
+    """For random bits: `key` int32[leaves], and where each leaf's elements lie in the whole leaf."""
+
+    key: jax.Array
+    cuts: Sequence[Sequence[formats.Cut]]
 
 
 def run(
@@ -60,6 +88,8 @@ def run(
     read: Sequence[Sequence[jax.Array]],
     *,
     factors: jax.Array,
+    keys: Keys | None = None,
+    unread: Collection[int] = (),
     sums: int = 0,
     config: Config,
     implementation: str,
@@ -68,13 +98,16 @@ def run(
 
     Args:
       name: Of the kernel, as profiles show it.
-      body: `body(scalars, *arrays) -> new`, elementwise: `arrays` are blocks of one leaf's `written` and `read`
-        arrays, in their own dtypes, then one filled with each of its factors; `new` are the blocks of its
-        `written` arrays, then `sums` float32 ones. Beyond a leaf's end `arrays` are zero.
-      scalars: float32[k], handed to `body` as a list.
-      written: For each array that changes, its leaves: `written[a][leaf]`.
+      body: `body(here, *arrays) -> new`, elementwise: `here` is a `Here`, `arrays` are blocks of one leaf's `written`
+        and `read` arrays, floats in their own dtypes, integers as int32; `new` are the blocks of its `written` arrays,
+        then `sums` float32 ones. Beyond a leaf's end `arrays` are zero.
+      scalars: float32[k], handed to `body` as a list; where the last is 0 nothing is written.
+      written: For each array that changes, its leaves: `written[a][leaf]`. The first has all elements of the leaf,
+        others may have one for each `formats.GROUP` of them, row by row.
       read: Likewise for arrays that do not change.
       factors: float32[leaves, k], numbers of each leaf.
+      keys: For a body that wants random bits.
+      unread: Numbers of `written` arrays whose old values do not matter; `body` gets nothing for them.
       sums: How many of `body`'s results are summed over each leaf, in a fixed order.
       config: Launch choices.
       implementation: "mosaic" or "interpret".
@@ -85,25 +118,48 @@ def run(
     flat = [[x.reshape(-1) for x in leaves] for leaves in (*written, *read)]
     new = [list(leaves) for leaves in written]
     totals = jnp.zeros((len(flat[0]), sums), jnp.float32)
+    numbers, together = _numbers(keys, config)
     simulated = implementation == "interpret"
+    launch = _Launch(
+        name=name,
+        body=body,
+        writes=len(written),
+        unread=frozenset(unread),
+        together=together,
+        sums=sums,
+        config=config,
+    )
     for some in _groups(flat, dataclasses.replace(config, max_leaves=1) if simulated else config):
         index = jnp.array(some)
-        launch = _Launch(
-            name=name,
-            body=body,
-            scalars=scalars,
-            arrays=[[leaves[i] for i in some] for leaves in flat],
-            writes=len(written),
-            factors=factors[index],
-            sums=sums,
-            config=config,
+        arrays, part = (launch.simulate if simulated else launch.run)(
+            scalars,
+            [[leaves[i] for i in some] for leaves in flat],
+            factors[index],
+            None if numbers is None else numbers[index],
         )
-        arrays, part = launch.simulate() if simulated else launch.run()
         totals = totals.at[index].set(part)
         for a, leaves in enumerate(arrays):
             for i, x in zip(some, leaves, strict=True):
                 new[a][i] = x.reshape(written[a][i].shape)
     return new, totals
+
+
+def _numbers(keys: Keys | None, config: Config) -> tuple[jax.Array | None, bool]:
+    """int32[leaves, 1 + 3 * cuts], key and cuts of each; and whether no cut parts the elements of a vector."""
+    if keys is None:
+        return None, True
+    whole = formats.Cut(2**31 - 1, 0, 0)  # of one that is not cut
+    most = max((len(cuts) for cuts in keys.cuts), default=0)
+    padded = [[*cuts, *[whole] * (most - len(cuts))] for cuts in keys.cuts]
+    wrapped = lambda x: np.uint32(x % 2**32).view(np.int32) if isinstance(x, int) else jnp.asarray(x, jnp.int32)
+    rows = [[wrapped(n) for cut in cuts for n in cut] for cuts in padded]
+    together = all(cut.period % config.vector == 0 for cuts in keys.cuts for cut in cuts)
+    cuts = jnp.array(rows, jnp.int32).reshape(len(rows), 3 * most)
+    return jnp.concatenate([keys.key.reshape(-1, 1), cuts], axis=1), together
+
+
+def _triples(cuts: Sequence[Any]) -> list[Sequence[Any]]:
+    return [cuts[k : k + 3] for k in range(0, len(cuts), 3)]
 
 
 def _groups(flat: list[list[jax.Array]], config: Config) -> Iterator[list[int]]:
@@ -126,29 +182,47 @@ def _groups(flat: list[list[jax.Array]], config: Config) -> Iterator[list[int]]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Launch:
-    """One launch, of leaves that share their dtypes; `arrays[a][leaf]`, flat, the first `writes` of them written."""
+    """Launches of one kernel, each of leaves that share their dtypes."""
 
     name: str
     body: Body
-    scalars: jax.Array
-    arrays: list[list[jax.Array]]
     writes: int
-    factors: jax.Array
+    unread: frozenset[int]
+    together: bool
     sums: int
     config: Config
 
-    def run(self) -> tuple[list[list[jax.Array]], jax.Array]:
-        """The launch on a GPU: new arrays, and sums of each leaf."""
-        count, writes, block = len(self.arrays[0]), self.writes, self.config.block
-        starts = [0, *itertools.accumulate(math.ceil(x.size / block) for x in self.arrays[0])]
+    def loaded(self, arrays: int) -> list[int]:
+        """Numbers of the arrays that a body gets."""
+        return [a for a in range(arrays) if a not in self.unread]
+
+    # A jit of its own: launches of like leaves, of a model's layers say, are lowered once.
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(
+        self, scalars: jax.Array, arrays: list[list[jax.Array]], factors: jax.Array, numbers: jax.Array | None
+    ) -> tuple[list[list[jax.Array]], jax.Array]:
+        """A launch on a GPU: new arrays, and sums of each leaf.
+
+        Args:
+          scalars: As of `run`.
+          arrays: `arrays[a][leaf]`, flat, the first `writes` of them written.
+          factors: As of `run`.
+          numbers: From `_numbers`.
+        """
+        count, writes, block, kinds = len(arrays[0]), self.writes, self.config.block, _kinds(arrays)
+        loaded = self.loaded(len(arrays))
+        starts = [0, *itertools.accumulate(math.ceil(x.size / block) for x in arrays[0])]
         layout: Any = plgpu.Layout.WG_STRIDED((block,), vec_size=self.config.vector)
         tile = lambda dtype: plgpu.ShapeDtypeStruct((block,), dtype, layout=layout)
-        width = self.factors.shape[1]
-        inputs = [*(tile(leaves[0].dtype) for leaves in self.arrays), *[tile(jnp.float32)] * width]
+        width = factors.shape[1]
+        tables = [factors] if numbers is None else [factors, numbers]
+        inputs = [*(tile(kinds[a].seen) for a in loaded), *[tile(jnp.float32)] * width]
+        if numbers is not None:
+            inputs += [tile(jnp.int32)] * 2  # key and place
 
-        def select(index: Any, refs: Sequence[Any]) -> tuple[list[tiles.Tile], Any]:
-            leaves = [refs[leaf : len(self.arrays) * count : count] for leaf in range(count)]
-            return tiles.select(index, leaves, starts, layout.to_mgpu())
+        def select(index: Any, refs: Sequence[Any], kinds: Sequence[tiles.Kind]) -> tuple[tiles.Block, Any]:
+            leaves = [refs[leaf : len(kinds) * count : count] for leaf in range(count)]
+            return tiles.select(index, leaves, kinds, starts, layout.to_mgpu())
 
         def kernel(scalars_ref: Any, *refs: Any) -> None:
             refs, partials = refs[: len(refs) - self.sums], refs[len(refs) - self.sums :]
@@ -157,27 +231,55 @@ class _Launch:
 
             @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WG_SPLAT, *whole), return_type=tuple(inputs))
             def load(_: Any, index: Any, *refs: Any) -> tuple[Any, ...]:
-                chosen, leaf = select(index, refs)
-                factors = [tiles.splat(refs[-1], leaf, k, width, layout.to_mgpu()) for k in range(width)]
-                return (*(tile.load() for tile in chosen), *factors)
+                refs, tables_refs = refs[: len(refs) - len(tables)], refs[len(refs) - len(tables) :]
+                chosen, leaf = select(index, refs, kinds)
+                row = [tiles.number(tables_refs[0], leaf, k, width) for k in range(width)]
+                values = [*chosen.load(loaded), *(tiles.splat(x, layout.to_mgpu()) for x in row)]
+                if numbers is not None:
+                    columns = numbers.shape[1]
+                    key, *cuts = (tiles.number(tables_refs[1], leaf, k, columns) for k in range(columns))
+                    values.append(tiles.splat(key, layout.to_mgpu()))
+                    values.append(chosen.places(_triples(cuts), together=self.together))
+                return tuple(values)
+
+            splat = plgpu.Layout.WG_SPLAT
 
             @plgpu.inline_mgpu(
-                arg_types=(plgpu.Layout.WG_SPLAT, *[layout] * writes, *whole[: writes * count]), return_type=()
+                arg_types=(splat, splat, *[layout] * writes, *whole[: writes * count]), return_type=()
             )
-            def store(_: Any, index: Any, *new_and_refs: Any) -> tuple[Any, ...]:
+            def store(_: Any, applied: Any, index: Any, *new_and_refs: Any) -> tuple[Any, ...]:
                 new, refs = new_and_refs[:writes], new_and_refs[writes:]
-                for tile, x in zip(select(index, refs)[0], new, strict=True):
-                    tile.store(x)
+                with tiles.where_positive(applied):
+                    select(index, refs, kinds[:writes])[0].store(new)
                 return ()
 
-            new = self.body([scalars_ref[k] for k in range(self.scalars.size)], *load(index, *refs))
+            def inline(run: Callable[..., Any], operands: int) -> Callable[..., jax.Array]:
+                wrap = plgpu.inline_mgpu(arg_types=(layout,) * operands, return_type=tile(jnp.float32))
+                return wrap(lambda _, *x: run(*x))
+
+            exact = formats.Tools(jnp.sqrt, jnp.divide, inline(lambda x: tiles.group_max(x, formats.GROUP), 1))
+            fast = formats.Tools(
+                inline(functools.partial(tiles.by_instruction, "sqrt.approx.ftz.f32"), 1),
+                inline(functools.partial(tiles.by_instruction, "div.approx.ftz.f32"), 2),
+                exact.group_max,
+            )
+            values = load(index, *refs)
+            arrays, rest = values[: len(loaded)], values[len(loaded) :]
+            here = Here(
+                scalars=[scalars_ref[k] for k in range(scalars.size)],
+                factors=list(rest[:width]),
+                bits=formats.random_bits(*rest[width:]) if numbers is not None else None,
+                exact=exact,
+                fast=fast,
+            )
+            new = self.body(here, *arrays)
             for ref, x in zip(partials, new[writes:], strict=True):
                 ref[index] = jnp.sum(x)
             if writes:
-                store(index, *new[:writes], *refs[: writes * count])
+                store(here.scalars[-1], index, *new[:writes], *refs[: writes * count])
 
-        refs = [jax.new_ref(x) for leaves in self.arrays[:writes] for x in leaves]
-        read = [*itertools.chain(*self.arrays[writes:]), self.factors.reshape(-1)]
+        refs = [jax.new_ref(x) for leaves in arrays[:writes] for x in leaves]
+        read = [*itertools.chain(*arrays[writes:]), *(table.reshape(-1) for table in tables)]
         partials = plgpu.kernel(
             kernel,
             out_type=[jax.ShapeDtypeStruct((starts[-1] + CHUNK,), jnp.float32)] * self.sums,
@@ -185,25 +287,37 @@ class _Launch:
             grid_names=("blocks",),
             kernel_name=f"zerojax_{self.name}",
             compiler_params=_WARPGROUP,
-        )(self.scalars, *refs, *read)
+        )(scalars, *refs, *read)
         new = [jax.freeze(ref) for ref in refs]
         return [new[a * count : (a + 1) * count] for a in range(writes)], _totals(partials, starts)
 
-    def simulate(self) -> tuple[list[list[jax.Array]], jax.Array]:
+    def simulate(
+        self, scalars: jax.Array, arrays: list[list[jax.Array]], factors: jax.Array, numbers: jax.Array | None
+    ) -> tuple[list[list[jax.Array]], jax.Array]:
         """The same on a CPU, for one leaf: the interpreter knows no addresses, and its last block is padded."""
-        size, block = self.arrays[0][0].size, THREADS * self.config.vector
-        refs = [jax.new_ref(jnp.pad(x, (0, -size % block))) for (x,) in self.arrays]
+        size, block = arrays[0][0].size, THREADS * self.config.vector
         blocks = math.ceil(size / block)
+        # What is shared by neighbours, and what a GPU widens as it loads, is spread out and widened before.
+        padded = [
+            jnp.pad(jnp.repeat(x, kind.repeat, total_repeat_length=size), (0, blocks * block - size)).astype(kind.seen)
+            for (x,), kind in zip(arrays, _kinds(arrays), strict=True)
+        ]
+        refs = [jax.new_ref(x) for x in padded]
 
-        def kernel(scalars_ref: Any, factors_ref: Any, *refs: Any) -> None:
+        def kernel(scalars_ref: Any, factors_ref: Any, bits_ref: Any, *refs: Any) -> None:
             index = jax.lax.axis_index("blocks")
-            arrays, sums = refs[: len(self.arrays)], refs[len(self.arrays) :]
-            here = pl.ds(index * block, block)
-            factors = [jnp.full(block, factors_ref[0, k]) for k in range(self.factors.shape[1])]
-            loaded = [*(ref[here] for ref in arrays), *factors]
-            new = self.body([scalars_ref[k] for k in range(self.scalars.size)], *loaded)
-            for ref, x in zip(arrays, new[: self.writes], strict=False):
-                ref[here] = x
+            values, sums = refs[: len(arrays)], refs[len(arrays) :]
+            span = pl.ds(index * block, block)
+            here = Here(
+                scalars=[scalars_ref[k] for k in range(scalars.size)],
+                factors=[jnp.full(block, factors_ref[0, k]) for k in range(factors.shape[1])],
+                bits=bits_ref[span],
+                exact=formats.EXACT,
+                fast=formats.EXACT,
+            )
+            new = self.body(here, *(values[a][span] for a in self.loaded(len(arrays))))
+            for ref, x in zip(values, new[: self.writes], strict=False):
+                ref[span] = jnp.where(here.scalars[-1] > 0, x, ref[span])
             for ref, x in zip(sums, new[self.writes :], strict=True):
                 ref[index] = jnp.sum(x)
 
@@ -214,9 +328,25 @@ class _Launch:
             grid_names=("blocks",),
             kernel_name=f"zerojax_{self.name}",
             interpret=dispatch.interpret_params("interpret"),
-        )(self.scalars, self.factors, *refs)
+        )(scalars, factors, _simulated_bits(numbers, blocks * block), *refs)
         totals = jnp.array([[jnp.sum(x) for x in partials]], jnp.float32).reshape(1, self.sums)
-        return [[jax.freeze(ref)[:size]] for ref in refs[: self.writes]], totals
+        kinds = zip(refs[: self.writes], _kinds(arrays), strict=False)
+        return [[jax.freeze(ref)[: size : kind.repeat].astype(kind.dtype)] for ref, kind in kinds], totals
+
+
+def _kinds(arrays: list[list[jax.Array]]) -> list[tiles.Kind]:
+    whole = arrays[0][0]
+    return [tiles.Kind(x.dtype, 1 if x.size == whole.size else formats.GROUP) for (x, *_) in arrays]
+
+
+def _simulated_bits(numbers: jax.Array | None, size: int) -> jax.Array:
+    place = jnp.arange(size, dtype=jnp.int32)
+    if numbers is None:
+        return place
+    key, *cuts = numbers[0]
+    for period, stride, offset in _triples(cuts):
+        place += (place.view(jnp.uint32) // period.view(jnp.uint32)).view(jnp.int32) * stride + offset
+    return formats.random_bits(key, place)
 
 
 def _totals(partials: Sequence[jax.Array], starts: Sequence[int]) -> jax.Array:

@@ -12,6 +12,9 @@ from zerojax.plan import Plan as Plan
 from zerojax.plan import make_plan as make_plan
 from zerojax.precision import LossScale as LossScale
 from zerojax.precision import dynamic_loss_scale as dynamic_loss_scale
+from zerojax.precision import full_precision as full_precision
+from zerojax.precision import master_weights as master_weights
+from zerojax.precision import skip_nonfinite as skip_nonfinite
 from zerojax.precision import static_loss_scale as static_loss_scale
 from zerojax.step import TrainState as TrainState
 from zerojax.step import create_train_state as create_train_state

@@ -42,6 +42,21 @@ def shard_spec(
     return PartitionSpec(*entries), dim, ""
 
 
+def grouped_spec(mesh: AnyMesh, shape: tuple[int, ...], spec: PartitionSpec, group: int) -> PartitionSpec:
+    """The spec of one number for each `group` of a leaf's last dim: the leaf's, but where it would part groups.
+
+    Example:
+      >>> mesh = jax.sharding.AbstractMesh((8,), ("data",))
+      >>> grouped_spec(mesh, (16, 512), PartitionSpec(None, "data"), 32)
+      P(None, 'data')
+      >>> grouped_spec(mesh, (16, 80), PartitionSpec(None, "data"), 32)
+      P(None, None)
+    """
+    if len(spec) < len(shape) or shape[-1] // meshes.shards(mesh, spec[-1]) % group == 0:
+        return spec
+    return PartitionSpec(*spec[:-1], None)
+
+
 def taken_specs(param_specs: PyTree | None, params: PyTree) -> list[PartitionSpec]:
     """`param_specs` spread over the leaves of `params`."""
     is_spec = lambda x: x is None or isinstance(x, PartitionSpec)

@@ -14,12 +14,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import PartitionSpec
 
-from pallas_kernels.adam import adam, adam_choice, adam_delta, adam_scalars, widen
+from pallas_kernels import formats
+from pallas_kernels.adam import adam, adam_choice, adam_scalars, adam_step
 from pallas_kernels.dispatch import Choice
-from pallas_kernels.lamb import TrustRatio, lamb, lamb_choice, lamb_delta, lamb_scalars
+from pallas_kernels.formats import Place
+from pallas_kernels.lamb import TrustRatio, lamb, lamb_choice, lamb_scalars, lamb_step
 from zerojax import meshes
 from zerojax.plan import Plan
 from zerojax.scaling import update_as_scale
@@ -34,19 +37,19 @@ class _Rule:
     """An optimizer of `pallas_kernels`.
 
     Attributes:
-      op: `op(params, grads, mu, nu, scalars, *, decay, implementation)` on lists of leaves.
+      op: `op(params, grads, mu, nu, scalars, *, decay, places, implementation)` on lists of leaves.
       choice: Which implementation it runs.
-      delta: What it adds to one leaf, and the leaf's new moments.
+      step: What it adds to one leaf, and the leaf's new moments.
       norms: Whether a step depends on the norm of the whole leaf; then `op` takes `across`, which adds up shards'.
     """
 
     op: Callable[..., Any]
     choice: Callable[..., Choice]
-    delta: Callable[..., Any]
+    step: Callable[..., Any]
     norms: bool = False
 
 
-_ADAM = _Rule(op=adam, choice=adam_choice, delta=adam_delta)
+_ADAM = _Rule(op=adam, choice=adam_choice, step=adam_step)
 
 
 class FusedTransformation(optax.GradientTransformationExtraArgs):
@@ -54,15 +57,19 @@ class FusedTransformation(optax.GradientTransformationExtraArgs):
 
     Attributes:
       apply: `apply(grads, state, params, *, plan=None, finite=None, scale=None, **extra_args) -> (params, state)`.
-        `plan` says how global arrays are cut; `finite`, a bool scalar, leaves everything as it is where it is False;
-        `scale` multiplies the gradients.
+        Leaves of `params` may be `formats.Split` or `formats.Copied`. `plan` says how global arrays are cut;
+        `finite`, a bool scalar, leaves everything as it is where it is False; `scale` multiplies the gradients.
+      skips: Whether gradients that are not finite leave everything as it is.
     """
 
     apply: Callable[..., tuple[PyTree, PyTree]]
+    skips: bool
 
-    def __new__(cls, init: Any, update: Any, apply: Callable[..., tuple[PyTree, PyTree]]) -> FusedTransformation:
+    def __new__(
+        cls, init: Any, update: Any, apply: Callable[..., tuple[PyTree, PyTree]], *, skips: bool = False
+    ) -> FusedTransformation:
         self = super().__new__(cls, init, update)
-        self.apply = apply
+        self.apply, self.skips = apply, skips
         return self
 
 
@@ -86,9 +93,10 @@ def fused_adam(
       b2: Decay rate of the second moment.
       eps: Added to the square root.
       eps_root: Added inside it.
-      mu_dtype: Dtype of the first moment; by default the params', and float32 for 16-bit params.
+      mu_dtype: Dtype of the first moment; by default the params', and float32 for 16-bit params. "bfloat16" is
+        rounded stochastically, "int8" is too, in blocks of 32 that share a power of two (`formats.Blocks`).
       nesterov: Nesterov momentum.
-      nu_dtype: Dtype of the second moment, likewise; 16 bits are refused, since rounding to nearest would stall it.
+      nu_dtype: Dtype of the second moment, likewise; float16 is refused, which has no range for squares.
       implementation: Of `pallas_kernels.adam`, used by `apply`; None picks by what was measured.
 
     Returns:
@@ -96,8 +104,12 @@ def fused_adam(
       train step run the kernel.
 
     Precision:
-      float32 arithmetic whatever is stored. A departure from Optax: moments of 16-bit params are float32 by default,
-      since at b2 = 0.999 Optax's bfloat16 second moment never decays.
+      float32 arithmetic whatever is stored. Departures from Optax: moments of 16-bit params are float32 by default,
+      and bfloat16 ones are rounded stochastically, since at b2 = 0.999 one that is rounded to nearest never decays.
+      The random bits are a hash of step, leaf and element: the same at every stage and on any number of devices.
+
+    Memory:
+      Bytes a param: 8 for float32 moments, 4 for bfloat16 ones, 2.07 for int8 ones.
 
     References:
       Kingma and Ba, arXiv:1412.6980, Algorithm 1.
@@ -226,7 +238,7 @@ def fused_lamb(
     rule = _Rule(
         op=functools.partial(lamb, trust=trust),
         choice=lamb_choice,
-        delta=lambda s, *leaf: lamb_delta(s, trust, *leaf),
+        step=lambda s, *leaf: lamb_step(s, trust, *leaf),
         norms=True,
     )
     dtypes = {"mu_dtype": mu_dtype, "nu_dtype": nu_dtype}
@@ -254,13 +266,15 @@ def chain(*transforms: optax.GradientTransformation) -> optax.GradientTransforma
         extra = {k: v for k, v in options.items() if k != "plan"}
         if links and scale is not None:  # what the links do to gradients need not be linear
             grads, scale = jax.tree.map(lambda g: (g * scale).astype(g.dtype), grads), None
-        # All links at once: behind one that scales, the next wants the scaled gradients.
-        grads, factor, new = update_as_scale(before, grads, state[:-1], params, **extra)
-        factor = scale if factor is None else factor
+        # All links at once: behind one that scales, the next wants the scaled gradients. In float32, where a norm of
+        # 16-bit gradients would be none.
+        wide = jax.tree.map(formats.widen, grads)
+        linked, factor, new = update_as_scale(before, wide, state[:-1], whole(params), **extra)
+        grads, factor = (linked, scale) if factor is None else (grads, factor)
         params, last_state = last.apply(grads, state[-1], params, finite=finite, scale=factor, **options)
         return params, (*_keep(finite, new, state[:-1]), last_state)
 
-    return FusedTransformation(chained.init, chained.update, apply)
+    return FusedTransformation(chained.init, chained.update, apply, skips=last.skips)
 
 
 def apply(
@@ -293,7 +307,7 @@ def apply(
             f"apply has a meaning of its own for {', '.join(sorted(reserved))}; no transformation gets them."
         )
     if not isinstance(tx, ZeroTransformation):
-        return _apply(tx, grads, state, params, **extra_args)
+        return apply_link(tx, grads, state, params, **extra_args)
     plan = tx.plan
     plan.check(grads, "grads")
     plan.check(params)
@@ -323,13 +337,13 @@ def apply_sharded(
     """
     plan = tx.plan
     grads, shards = (meshes.constrain(tree, plan.update_specs) for tree in (grads, params))
-    shards, new_state = _apply(tx.inner, grads, state, shards, plan=plan, finite=finite, **extra_args)
+    shards, new_state = apply_link(tx.inner, grads, state, shards, plan=plan, finite=finite, **extra_args)
     # Gradients may be wider than the params that Optax took its state's dtypes from; what is stored keeps its dtype.
     new_state = jax.tree.map(lambda new, old: new.astype(old.dtype), new_state, state)
     return meshes.constrain(meshes.constrain(shards, plan.update_specs), plan.param_specs), new_state
 
 
-def _apply(
+def apply_link(
     tx: optax.GradientTransformation,
     grads: PyTree,
     state: PyTree,
@@ -339,6 +353,7 @@ def _apply(
     finite: jax.Array | None = None,
     **extra_args: Any,
 ) -> tuple[PyTree, PyTree]:
+    """One step of a transformation that may be fused, as `FusedTransformation.apply`, params stored plainly."""
     if isinstance(tx, FusedTransformation):
         return tx.apply(grads, state, params, plan=plan, finite=finite, **extra_args)
     updates, new_state = optax.with_extra_args_support(tx).update(grads, state, params, **extra_args)
@@ -362,10 +377,11 @@ def _fused(
     implementation: str | None,
 ) -> FusedTransformation:
     """The transformation of a rule; `scalars(count, learning_rate, ...)` are those of a step."""
-    mu_dtype, nu_dtype = _moment_dtypes(mu_dtype, nu_dtype)
+    mu_dtype, nu_dtype = _moment_dtype("mu_dtype", mu_dtype), _moment_dtype("nu_dtype", nu_dtype)
 
     def init(params: PyTree) -> optax.ScaleByAdamState:
-        return optax.ScaleByAdamState(jnp.zeros([], jnp.int32), _zeros(params, mu_dtype), _zeros(params, nu_dtype))
+        mu, nu = _zeros(params, mu_dtype, signed=True), _zeros(params, nu_dtype, signed=False)
+        return optax.ScaleByAdamState(jnp.zeros([], jnp.int32), mu, nu)
 
     def scalars_of(count: jax.Array, **once: Any) -> Any:
         at = lambda x: x(count) if callable(x) else x
@@ -378,22 +394,16 @@ def _fused(
         if params is None and (rule.norms or mask is not False):
             raise ValueError("this optimizer needs the params: call update(grads, state, params).")
         grads, treedef = _flatten(updates)
-        lists = [grads, *map(treedef.flatten_up_to, (state.mu, state.nu))]
+        mu, nu = map(treedef.flatten_up_to, (state.mu, state.nu))
         weights = [None] * len(grads) if params is None else treedef.flatten_up_to(params)
-        decay = _decayed(mask, params, len(grads))
+        leaves = zip(weights, grads, mu, nu, _decayed(mask, params, len(grads)), _places(len(grads)), strict=True)
         s = scalars_of(state.count)
-        stepped = [
-            rule.delta(s, None if p is None else widen(p), *map(widen, leaf), d)
-            for p, *leaf, d in zip(weights, *lists, decay, strict=True)
-        ]
+        stepped = [rule.step(s, None if p is None else formats.widen(p), *rest) for p, *rest in leaves]
         # As Optax: 16 bits where gradients and params have no more.
         likes = [jnp.result_type(g, *() if p is None else (p,)) for g, p in zip(grads, weights, strict=True)]
-        dtypes = likes, *([x.dtype for x in old] for old in lists[1:])
-        deltas, mu, nu = (
-            treedef.unflatten([new[k].astype(dtype) for new, dtype in zip(stepped, kinds, strict=True)])
-            for k, kinds in enumerate(dtypes)
-        )
-        return deltas, optax.ScaleByAdamState(optax.safe_increment(state.count), mu, nu)
+        deltas = [x[0].astype(dtype) for x, dtype in zip(stepped, likes, strict=True)]
+        mu, nu = (treedef.unflatten([x[k] for x in stepped]) for k in (1, 2))
+        return treedef.unflatten(deltas), optax.ScaleByAdamState(optax.safe_increment(state.count), mu, nu)
 
     def apply(
         grads: PyTree,
@@ -406,18 +416,16 @@ def _fused(
         **_: Any,
     ) -> tuple[PyTree, optax.ScaleByAdamState]:
         leaves, treedef = _flatten(params)
-        trees = (leaves, *map(treedef.flatten_up_to, (grads, state.mu, state.nu)))
+        lists = [leaves, *map(treedef.flatten_up_to, (grads, state.mu, state.nu))]
         # Without a plan, how arrays are cut is not known, and a kernel would have them gathered.
         chosen = meshes.kernel_implementation() if implementation is None and plan is None else implementation
-        run: Callable[..., Any] = functools.partial(
-            rule.op, decay=_decayed(mask, params, len(leaves)), implementation=chosen
-        )
-        if plan is not None and rule.choice(*trees, implementation=chosen).implementation != "xla":
-            run = _on_shards(functools.partial(run, across=_sum_over_shards(plan)) if rule.norms else run, plan)
-        new = run(
-            *trees,
-            scalars_of(state.count, scale=1.0 if scale is None else scale, apply=True if finite is None else finite),
-        )
+        s = scalars_of(state.count, scale=1.0 if scale is None else scale, apply=True if finite is None else finite)
+        decay = _decayed(mask, whole(params), len(leaves))
+        run: Any = functools.partial(rule.op, implementation=chosen)
+        if plan is None or rule.choice(*lists, implementation=chosen).implementation == "xla":
+            new = run(*lists, s, decay=decay)
+        else:
+            new = _on_shards(rule, run, plan, lists, s, decay)
         params, mu, nu = map(treedef.unflatten, new)
         count = _keep(finite, optax.safe_increment(state.count), state.count)
         return params, optax.ScaleByAdamState(count, mu, nu)
@@ -425,15 +433,74 @@ def _fused(
     return FusedTransformation(init, update, apply)
 
 
-def _on_shards(op: Callable[..., Any], plan: Plan) -> Callable[..., Any]:
-    """A kernel on lists of leaves, run by each device on its shards: on global arrays XLA would gather them for it."""
-    specs = plan.treedef.flatten_up_to(plan.update_specs)
-    return jax.shard_map(op, in_specs=((specs,) * 4) + (PartitionSpec(),), out_specs=(specs,) * 3, check_vma=False)
+def whole(params: PyTree) -> PyTree:
+    """Params with each leaf one array, of float32 where it is stored as a format is."""
+    plain = lambda x: formats.decode(x) if formats.is_stored(x) else x
+    return jax.tree.map(plain, params, is_leaf=formats.is_stored)
 
 
-def _sum_over_shards(plan: Plan) -> Callable[[jax.Array], jax.Array]:
-    """Sums [leaves, k], numbers of each leaf's shard, over the devices that share the leaf; inside `_on_shards`."""
+def _on_shards(
+    rule: _Rule, run: Callable[..., Any], plan: Plan, lists: list[list[Any]], scalars: Any, decay: list[bool]
+) -> list[list[Any]]:
+    """A kernel, run by each device on its shards: on global arrays XLA would gather them for it.
+
+    A leaf of which shards end within a group of 8-bit moments is left to XLA, which exchanges what it must.
+    """
     specs = plan.treedef.flatten_up_to(plan.update_specs)
+    rows = list(zip(*lists, strict=True))
+    parted = [any(_parts_groups(x, spec, plan.mesh) for x in row) for row, spec in zip(rows, specs, strict=True)]
+    new: list[list[Any]] = [[None] * len(rows) for _ in range(3)]
+
+    def collect(some: list[int], result: Any) -> None:
+        for k, column in enumerate(result):
+            for i, leaf in zip(some, column, strict=True):
+                new[k][i] = leaf
+
+    if some := [i for i, is_parted in enumerate(parted) if is_parted]:
+        pick = [[x[i] for i in some] for x in lists]
+        options: Any = {"decay": [decay[i] for i in some], "places": [Place(i) for i in some]}
+        collect(some, rule.op(*pick, scalars, implementation="xla", **options))
+    if some := [i for i, is_parted in enumerate(parted) if not is_parted]:
+        mine, shapes = [specs[i] for i in some], [formats.shape_of(lists[0][i]) for i in some]
+
+        def on_shards(*args: Any) -> Any:
+            places = [_place(i, *leaf, plan.mesh) for i, *leaf in zip(some, shapes, mine, strict=True)]
+            norms = {"across": _sum_over_shards(mine)} if rule.norms else {}
+            return run(*args, decay=[decay[i] for i in some], places=places, **norms)
+
+        shard_map = jax.shard_map(
+            on_shards, in_specs=((mine,) * 4) + (PartitionSpec(),), out_specs=(mine,) * 3, check_vma=False
+        )
+        collect(some, shard_map(*[[x[i] for i in some] for x in lists], scalars))
+    return new
+
+
+def _parts_groups(leaf: Any, spec: PartitionSpec, mesh: meshes.AnyMesh) -> bool:
+    """Whether shards of a leaf end within groups of its 8-bit numbers."""
+    if not isinstance(leaf, formats.Blocks) or len(spec) < leaf.codes.ndim or not leaf.codes.ndim:
+        return False
+    return leaf.codes.shape[-1] // meshes.shards(mesh, spec[-1]) % formats.GROUP != 0 and spec[-1] is not None
+
+
+def _place(leaf: int, shape: tuple[int, ...], spec: PartitionSpec, mesh: meshes.AnyMesh) -> Place:
+    """Where this device's shard of a leaf lies in it; inside a `shard_map`."""
+    cuts, behind = [], 1
+    for dim in reversed(range(len(shape))):
+        if axes := meshes.axis_names(spec[dim] if dim < len(spec) else None):
+            n = shape[dim] // meshes.shards(mesh, spec[dim])
+            step = np.uint32(n * behind % 2**32).view(np.int32)
+            stride = (shape[dim] - n) * behind if dim else 0
+            cuts.append(formats.Cut(n * behind, stride, jax.lax.axis_index(axes) * step))
+        behind *= shape[dim]
+    return Place(leaf, tuple(cuts))
+
+
+def _places(count: int) -> list[Place]:
+    return list(map(Place, range(count)))
+
+
+def _sum_over_shards(specs: list[PartitionSpec]) -> Callable[[jax.Array], jax.Array]:
+    """Sums [leaves, k], numbers of each leaf's shard, over the devices that share the leaf; inside a `shard_map`."""
     cut = [tuple(name for entry in spec for name in meshes.axis_names(entry)) for spec in specs]
 
     def across(x: jax.Array) -> jax.Array:
@@ -446,32 +513,38 @@ def _sum_over_shards(plan: Plan) -> Callable[[jax.Array], jax.Array]:
 
 
 def _flatten(tree: PyTree) -> tuple[list[Any], Any]:
-    leaves, treedef = jax.tree.flatten(tree)
+    leaves, treedef = jax.tree.flatten(tree, is_leaf=formats.is_stored)
     return leaves, treedef
 
 
-def _moment_dtypes(mu_dtype: Any, nu_dtype: Any) -> tuple[Any, Any]:
-    for name, dtype in (("mu_dtype", mu_dtype), ("nu_dtype", nu_dtype)):
-        if dtype is None:
-            continue
-        if not jnp.issubdtype(dtype, jnp.floating):
-            raise ValueError(f"{name} must be a floating dtype, got {dtype!r}.")
-        if name == "nu_dtype" and jnp.finfo(dtype).bits < 32:
-            raise ValueError(f"nu_dtype={dtype!r}: rounding to nearest would stall the second moment; take float32.")
-    return mu_dtype, nu_dtype
+def _moment_dtype(name: str, dtype: Any) -> Any:
+    """A dtype that a moment may have, or None for the params'."""
+    if dtype is None:
+        return None
+    try:
+        dtype = jnp.dtype(dtype)
+    except TypeError as e:
+        raise ValueError(f"{name}={dtype!r} is no dtype; take float32, bfloat16 or int8.") from e
+    if dtype == jnp.int8 or (jnp.issubdtype(dtype, jnp.floating) and (name, dtype) != ("nu_dtype", jnp.float16)):
+        return dtype
+    why = ": squares leave its range" if dtype == jnp.float16 else ""
+    raise ValueError(f"{name}={dtype.name!r} cannot hold a moment{why}; take float32, bfloat16 or int8.")
 
 
-def _zeros(params: PyTree, dtype: Any) -> PyTree:
+def _zeros(params: PyTree, dtype: Any, *, signed: bool) -> PyTree:
     """Moments of params; 16-bit ones get float32."""
 
-    def one(x: Any) -> jax.Array:
+    def one(path: tuple[Any, ...], x: Any) -> Any:
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise TypeError(
-                f"params of dtype {x.dtype} have no Adam moments: freeze them, by optax.masked for instance."
+                f"params: leaf {meshes.path_name(path)!r} of dtype {x.dtype} has no Adam moments: freeze it, by "
+                "optax.masked for instance."
             )
+        if dtype == jnp.int8:
+            return formats.zeros(x.shape, signed=signed)
         return jnp.zeros_like(x, dtype=dtype or jnp.promote_types(x.dtype, jnp.float32))
 
-    return jax.tree.map(one, params)
+    return jax.tree_util.tree_map_with_path(one, params)
 
 
 def _decayed(mask: Any, params: PyTree, count: int) -> list[bool]:

@@ -17,6 +17,7 @@ import numpy as np
 import optax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
+from pallas_kernels import formats
 from zerojax import layout, meshes, report
 from zerojax.meshes import AnyMesh
 
@@ -152,10 +153,14 @@ class Plan:
         by_path = dict(zip(paths, self.leaves, strict=True))
 
         def spec(path: tuple[Any, ...], x: jax.ShapeDtypeStruct) -> PartitionSpec:
-            for start in range(len(path) + 1):  # the longest suffix of the path that is a param's
-                leaf = by_path.get(path[start:])
-                if leaf is not None and leaf.shape == x.shape:
-                    return leaf.sharded if self.stage >= 1 else leaf.whole
+            for start in range(len(path) + 1):  # the longest suffix of the path that is a param's,
+                for end in (len(path), len(path) - 1):  # or that of a part of what is kept for one
+                    if leaf := by_path.get(path[start:end]):
+                        like = leaf.sharded if self.stage >= 1 else leaf.whole
+                        if leaf.shape == x.shape:
+                            return like
+                        if end < len(path) and _is_grouped(leaf.shape, x.shape):
+                            return layout.grouped_spec(self.mesh, leaf.shape, like, formats.GROUP)
             if self.stage == 0:
                 return PartitionSpec()
             return layout.shard_spec(x.shape, PartitionSpec(), self.axis, self.num_shards, self.min_size)[0]
@@ -342,6 +347,11 @@ def make_plan(
             )
         leaves.append(Leaf(name=name, shape=shape, dtype=dtype, whole=whole, sharded=sharded, dim=dim, reason=reason))
     return Plan(mesh=mesh, stage=stage, axes=axes, leaves=tuple(leaves), treedef=treedef, min_size=min_size)
+
+
+def _is_grouped(shape: tuple[int, ...], x: tuple[int, ...]) -> bool:
+    """Whether `x` is the shape of one number for each group of a leaf's last dim, as `formats.Blocks` has."""
+    return bool(shape) and x == (*shape[:-1], math.ceil(shape[-1] / formats.GROUP))
 
 
 def _placement(leaf: Leaf, stage: int) -> str:

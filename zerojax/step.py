@@ -28,7 +28,7 @@ class TrainState(NamedTuple):
       params: The params, laid out by `plan.params`.
       opt_state: The optimizer's state, laid out by `plan.opt_state(tx)`.
       loss_scale: State of the loss scale, or None without one.
-      skipped: int32, steps that an overflow kept from updating anything.
+      skipped: int32, steps that an overflow kept from updating anything, with a loss scale or `skip_nonfinite`.
     """
 
     step: jax.Array
@@ -230,10 +230,13 @@ def make_train_step(
     def train_step(state: TrainState, batch: PyTree) -> tuple[TrainState, dict[str, Any]]:
         scale = None if state.loss_scale is None else state.loss_scale.scale
         out = objective.loss_and_grads(state.params, batch, sharded=plan.stage >= 1, scale=scale)
-        finite = None if loss_scale is None else out.finite
+        skips = loss_scale is not None or getattr(tx.inner, "skips", False)
+        finite = out.finite if skips else None
         params, opt_state = apply_sharded(tx, out.grads, state.opt_state, state.params, finite=finite, value=out.loss)
         new = state._replace(step=state.step + 1, params=params, opt_state=opt_state)
         metrics = {"loss": out.loss, "grad_norm": out.norm, "finite": out.finite}
+        if skips:
+            new = new._replace(skipped=state.skipped + ~out.finite)
         if loss_scale is not None:
             new, scale_metrics = _next_scale(loss_scale, new, out.finite)
             metrics |= scale_metrics
@@ -341,13 +344,12 @@ def place_batch(objective: Objective, batch: PyTree) -> PyTree:
 
 
 def _next_scale(loss_scale: LossScale, state: TrainState, finite: jax.Array) -> tuple[TrainState, dict[str, Any]]:
-    """The state with the next step's loss scale and its count of overflows; and metrics."""
+    """The state with the next step's loss scale; and metrics."""
     before = state.loss_scale
     assert before is not None
     after = loss_scale.update(before, finite)
     at_minimum = ~finite & (getattr(before, "hysteresis", 1) == 1) & (after.scale >= before.scale)
-    state = state._replace(loss_scale=after, skipped=state.skipped + ~finite)
-    return state, {"loss_scale": before.scale, "at_minimum": at_minimum}
+    return state._replace(loss_scale=after), {"loss_scale": before.scale, "at_minimum": at_minimum}
 
 
 def _state_specs(tx: optax.GradientTransformation, plan: Plan, loss_scale: LossScale | None) -> TrainState:
