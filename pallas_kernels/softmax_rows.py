@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import arith
 
 from pallas_kernels import dispatch, mlir
@@ -130,7 +131,7 @@ def _forward_body(call: Call, rows: Sequence[Any], x_ref: Any, y_ref: Any, bias_
     def finish(row: Any, held: Sequence[Any]) -> None:
         row.clear(y_ref)
         # Of a part that is -inf, or masked, throughout there is no maximum to subtract.
-        largest = row.either(extreme, row.fold(extreme, z, *held), lowest)
+        largest = row.either(extreme, row.fold(extreme, None if bias_ref is None else z, *held), lowest)
         total = row.fold("add", lambda *v: row.exp2((z(*v) - largest) * rate), *held)
         maxima, totals = row.meet(largest, total)
         highest = row.over_warps(extreme, maxima)
@@ -181,9 +182,9 @@ class _Simulated:
         vectors = [source[self.row] for source in sources]
         return [jnp.where(self.kept, x, jnp.asarray(fill, x.dtype)) for x, fill in zip(vectors, fills, strict=True)]
 
-    def fold(self, how: str, term: Callable[..., jax.Array], *held: jax.Array) -> jax.Array:
+    def fold(self, how: str, term: Callable[..., jax.Array] | None, *held: jax.Array) -> jax.Array:
         wide = [x.astype(jnp.float32) for x in held]
-        terms = term(*wide)
+        terms = term(*wide) if term else wide[0]
         return self._FOLDS[how][1](jnp.where(self.kept, terms, 0.0) if how == "add" else terms)
 
     def either(self, how: str, x: jax.Array, y: float) -> jax.Array:
@@ -298,7 +299,14 @@ def _launch(
             numbers = [mlir.plus(first, WARPS * config.warpgroups * i) for i in range(config.rows)]
             if rows % taken:  # beyond the last one it is that one, again
                 numbers = [arith.minsi(number, mlir.index(rows - 1)) for number in numbers]
-            body(call, [Row(spread, n, slots, stage, keep) for n in numbers], *left[: len(arrays)], out_ref, *of_masks)
+            element = ir.MemRefType(out_ref.type).element_type
+            body(
+                call,
+                [Row(spread, n, element, slots, stage, keep) for n in numbers],
+                *left[: len(arrays)],
+                out_ref,
+                *of_masks,
+            )
             return ()
 
         run(jax.lax.axis_index("rows"), *refs)

@@ -97,11 +97,14 @@ class Mask:
 class Row:
     """A row, or this thread's vectors of it: in registers, or in shared memory where there is a `stage`."""
 
-    def __init__(self, spread: Spread, row: ir.Value, slots: Any, stage: Any, where: Mask | None):
-        """row: its number. slots, stage: in shared memory, float32, two for each warp that shares the row, and room for
-        what this block has of the arrays, each element where its thread puts it; or None.
+    def __init__(self, spread: Spread, row: ir.Value, element: ir.Type, slots: Any, stage: Any, where: Mask | None):
+        """A row, by its number, of an array of `element`s.
+
+        In shared memory, or None: `slots` of float32, two for each warp that shares the row, and `stage`, where each
+        thread puts what it has of the arrays.
         """
-        self.spread, self.row, self.slots, self.stage, self.where = spread, row, slots, stage, where
+        self.spread, self.row, self.element = spread, row, element
+        self.slots, self.stage, self.where = slots, stage, where
         turn = arith.remui(mlir.to_index(mgpu.thread_idx()), mlir.index(spread.threads))
         if spread.cluster > 1:
             block = gpu.cluster_block_id(gpu.Dimension.x)
@@ -238,25 +241,30 @@ class Row:
         nothing = vector.broadcast(self._vector_of(_int8()), mgpu.c(0, _int8()))
         return _is_true(self._load(self.where, piece, nothing))
 
-    def fold(self, how: str, term: Callable[..., Number], *held: Held) -> Number:
-        """Of a term of each kept element that this warp has: all lanes have the same."""
+    def fold(self, how: str, term: Callable[..., Number] | None, *held: Held) -> Number:
+        """Of a term of each kept element that this warp has: all lanes have the same.
+
+        Without a term it is of the elements themselves, 16-bit ones two at a time.
+        """
         combine, neutral = _FOLDS[how]
 
         def step(row: Row, piece: int, total: ir.Value | None) -> ir.Value:
             def folded() -> ir.Value:
-                new = term(*(_number(x(row, piece)) for x in held))
+                vectors = [x(row, piece) for x in held]
+                new = term(*map(_float32, vectors)) if term else _number(vectors[0])
                 return (new if total is None else combine(_number(total), new)).registers.item()
 
             return mlir.when(row._kept(piece), folded, total)
 
         total: Any = None
         if self.stage is not None or self._kept(0) is not None:
-            total = vector.broadcast(self._vector_of(_float32()), mgpu.c(neutral, _float32()))
+            element = ir.F32Type.get() if term else self.element
+            total = vector.broadcast(self._vector_of(element), mgpu.c(neutral, element))
         total = self._walk(step, total)
         each = [_number(vector.extract(total, [], [i])) for i in range(self.spread.vector)]
         while len(each) > 1:
             each = [combine(a, b) for a, b in zip(each[::2], each[1::2], strict=True)]
-        return self._over_lanes(how, each[0], LANES)
+        return self._over_lanes(how, each[0].astype(ir.F32Type.get()), LANES)
 
     @staticmethod
     def either(how: str, x: Number, y: float) -> Number:
@@ -341,7 +349,7 @@ class Row:
         self, ref: ir.Value, value: Callable[..., Number], piece: int, held: Sequence[Held], select: bool
     ) -> ir.Value:
         element = ir.MemRefType(ref.type).element_type
-        x = value(*(_number(x(self, piece)) for x in held)).astype(element).registers.item()
+        x = value(*(_float32(x(self, piece)) for x in held)).astype(element).registers.item()
         if select:
             zeros = vector.broadcast(x.type, mgpu.c(0.0, element))
             x = arith.select(self._inside(piece, self.kept), x, zeros)
@@ -452,19 +460,18 @@ def _int8() -> ir.Type:
     return ir.IntegerType.get_signless(8)
 
 
-def _float32() -> ir.Type:
-    return ir.F32Type.get()
-
-
 def _is_true(x: ir.Value) -> ir.Value:
     return arith.cmpi(arith.CmpIPredicate.ne, x, vector.broadcast(x.type, mgpu.c(0, _int8())))
 
 
 def _number(x: ir.Value) -> Number:
-    """One number, or a vector of them in float32, as arithmetic takes it."""
+    """One number, or a vector of them, as arithmetic takes it."""
     if not isinstance(x.type, ir.VectorType):
         return Number.splat(x, ())
     size = ir.VectorType(x.type).shape[0]
     layout = mgpu.WGStridedFragLayout((size * LANES * WARPS,), size)
-    number = Number(_registers=np.array([x], dtype=object), _layout=layout, _is_signed=None)
-    return number.astype(_float32())
+    return Number(_registers=np.array([x], dtype=object), _layout=layout, _is_signed=None)
+
+
+def _float32(x: ir.Value) -> Number:
+    return _number(x).astype(ir.F32Type.get())
