@@ -48,7 +48,7 @@ def choose(
         if why := unserved or unavailable() or slower:
             _say_once(op, why)
             return Choice("xla", why)
-        return Choice("mosaic", f"the kernel serves these arrays on {_device_kind()}")
+        return Choice("mosaic", f"the kernel serves these arrays on {device_kind()}")
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"{op}: implementation must be None or one of {IMPLEMENTATIONS}, got {implementation!r}.")
     if implementation == "xla":
@@ -94,7 +94,8 @@ def _device() -> Any:
     return jax.sharding.get_abstract_mesh().abstract_device or default or jax.devices()[0]
 
 
-def _device_kind() -> str:
+def device_kind() -> str:
+    """Of the device that is traced for, as JAX names it."""
     return _device().device_kind
 
 

@@ -1,8 +1,8 @@
 """Softmax over the last dim and its gradient, in one pass each: y = exp(z - max z) / sum exp(z - max z), z = scale * x.
 
 x: [..., columns] in float32, bfloat16 or float16; computed in float32. Bytes: the forward reads x and writes y, the
-backward reads y and dy and writes dx; causal, neither reads the masked half. Nothing is reused, so the bound is
-bandwidth.
+backward reads y and dy and writes dx; causal, neither reads the masked half. Masks come on top: a byte an element of
+`where`, in both, and `bias` as it is, forward. Nothing is reused, so the bound is bandwidth.
 """
 
 from __future__ import annotations
@@ -98,8 +98,8 @@ def softmax_choice(
     unserved = slower = None
     if x.dtype.name not in SERVED:
         unserved = f"the kernel serves {', '.join(SERVED)}, this is {x.dtype.name}"
-    elif where is not None or bias is not None:
-        unserved = "the kernel serves causal masks, not `where` and `bias`, which XLA fuses"
+    elif bias is not None and bias.dtype.name not in SERVED:
+        unserved = f"the kernel serves biases of {', '.join(SERVED)}, this is {bias.dtype.name}"
     elif scale == 0:
         unserved = "the kernel divides by no scale of 0"
     elif x.size == 0:
@@ -108,12 +108,6 @@ def softmax_choice(
         unserved = f"the kernel serves rows of {LONGEST} elements at most, these have {x.shape[-1]}"
     elif x.shape[-1] < 128:
         slower = "rows of fewer than 128 elements leave most of a warp idle"
-    elif x.shape[-1] * x.dtype.itemsize % 16 and x.dtype.itemsize == 2:
-        # 2048 x 50257 on an H200, forward and backward: 638 us by the kernel, 556 by XLA; in float32 761 and 914.
-        slower = "16-bit rows of no multiple of 16 bytes are read in pieces of 2 bytes"
-    elif x.shape[-1] * x.dtype.itemsize > 2**18 and x.dtype.itemsize == 2:
-        # 262144 columns on an H200: 1209 GB/s forward, where XLA has 1764 of 131072.
-        slower = "16-bit rows of more than 131072 elements leave too few warps to each processor"
     return dispatch.choose(
         "softmax", implementation, [a for a in (x, where, bias) if a is not None], unserved=unserved, slower=slower
     )
@@ -186,7 +180,7 @@ def _kept(x: jax.Array, where: jax.Array | None, causal: bool) -> jax.Array | No
 def _softmax(call: Call, x: jax.Array, where: jax.Array | None, bias: jax.Array | None) -> jax.Array:
     if call.implementation == "xla":
         return softmax_reference(x, scale=call.scale, where=where, bias=bias, causal=call.causal)
-    return softmax_rows.forward(call, x)
+    return softmax_rows.forward(call, x, where, bias)
 
 
 def _softmax_fwd(call: Call, x: jax.Array, where: jax.Array | None, bias: jax.Array | None) -> tuple[jax.Array, Any]:
@@ -196,13 +190,16 @@ def _softmax_fwd(call: Call, x: jax.Array, where: jax.Array | None, bias: jax.Ar
 
 def _softmax_bwd(call: Call, saved: Any, dy: jax.Array) -> tuple[jax.Array, None, jax.Array | None]:
     y, where, bias = saved
-    if call.implementation != "xla":
-        return softmax_rows.backward(call, y, dy), None, None
+    kernel = call.implementation != "xla"
+    if kernel and bias is None:
+        return softmax_rows.backward(call, y, dy, where), None, None
     p, g = _wide(y), _wide(dy)
     if (keep := _kept(y, where, call.causal)) is not None:
         g = jnp.where(keep, g, 0)
     dz = (g - jnp.sum(g * p, axis=-1, keepdims=True)) * p
-    return (dz * call.scale).astype(y.dtype), None, None if bias is None else _summed_to(dz, bias)
+    # Of the kernel's dx and XLA's dbias each reads y and dy for itself; one that is not asked for is not computed.
+    dx = softmax_rows.backward(call, y, dy, where) if kernel else (dz * call.scale).astype(y.dtype)
+    return dx, None, None if bias is None else _summed_to(dz, bias)
 
 
 _softmax.defvjp(_softmax_fwd, _softmax_bwd)

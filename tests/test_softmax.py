@@ -11,7 +11,7 @@ from jax.sharding import AbstractDevice, AbstractMesh
 
 from pallas_kernels import dispatch
 from pallas_kernels.softmax import bytes_moved, softmax, softmax_choice, softmax_reference
-from pallas_kernels.softmax_rows import Config, config_for
+from pallas_kernels.softmax_rows import Config, broadcast_terms, config_for
 
 KERNEL = pytest.mark.skipif(bool(dispatch.too_old()), reason="no kernels in this jax")
 BOTH = ["xla", pytest.param("interpret", marks=KERNEL)]
@@ -123,12 +123,14 @@ def test_what_is_not_finite_stays_in_its_row(columns, implementation):
     np.testing.assert_allclose(y[6], oracle(x[6]), rtol=1e-6)
 
 
+@pytest.mark.parametrize("implementation", BOTH)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_where_and_bias(dtype):
+def test_where_and_bias(dtype, implementation):
     x, dy = jax.random.normal(jax.random.key(0), (2, 2, 3, 40)).astype(dtype)
     keep = jax.random.bernoulli(jax.random.key(1), 0.5, (3, 40)).at[1].set(False).at[2, 0].set(True)
     bias = jax.random.normal(jax.random.key(2), (2, 1, 40))
-    y, vjp = jax.vjp(lambda x, bias: softmax(x, scale=0.5, where=keep, bias=bias), x, bias)
+    masked = lambda x, bias: softmax(x, scale=0.5, where=keep, bias=bias, implementation=implementation)
+    y, vjp = jax.vjp(masked, x, bias)
     assert_close(y, oracle(x, 0.5, keep, f64(bias)), 3e-7)
     dx, dbias = vjp(dy)
     assert np.all(y[:, 1] == 0) and np.all(dx[:, 1] == 0)
@@ -136,6 +138,54 @@ def test_where_and_bias(dtype):
     # Sums of 3 terms of float32 that nearly cancel.
     np.testing.assert_allclose(dbias, oracle_gradient(y, dy).sum(1, keepdims=True), rtol=1e-5, atol=1e-7)
     assert dbias.dtype == bias.dtype
+
+
+@pytest.mark.parametrize("implementation", BOTH)
+@pytest.mark.parametrize("shape", [(40,), (3, 1), (2, 1, 40), (2, 3, 40)])
+def test_masks_broadcast(shape, implementation):
+    x, dy = jax.random.normal(jax.random.key(0), (2, 2, 3, 40))
+    keep = jax.random.bernoulli(jax.random.key(1), 0.5, shape)
+    bias = jax.random.normal(jax.random.key(2), shape, jnp.bfloat16)
+    options = {"where": keep, "bias": bias, "causal": True, "scale": -0.5, "implementation": implementation}
+    y, vjp = jax.vjp(lambda x: softmax(x, **options), x)
+    kept = np.broadcast_to(lower(3, 40) & np.asarray(keep), x.shape)
+    assert_close(y, oracle(x, -0.5, kept, f64(bias)), 3e-7)
+    assert_close(vjp(dy)[0], oracle_gradient(y, dy, -0.5), 1e-6)
+
+
+@pytest.mark.parametrize("implementation", BOTH)
+def test_what_is_masked_is_zero_beside_nan(implementation):
+    keep = jnp.arange(40) % 3 > 0
+    x = jnp.where(keep, 1.0, NAN) + jnp.array([[0.0], [NAN], [INF]])
+    y, vjp = jax.vjp(lambda x: softmax(x, where=keep, implementation=implementation), x)
+    (dx,) = vjp(x)
+    assert np.all(np.where(keep, 0, y) == 0) and np.isnan(np.asarray(y)[1:, keep]).all()
+    np.testing.assert_allclose(y[0, keep], 1 / np.sum(keep), rtol=2e-7)
+    assert np.isfinite(dx[0]).all()
+
+
+@pytest.mark.parametrize("implementation", BOTH)
+def test_vmap_of_masks(implementation):
+    x = jax.random.normal(jax.random.key(0), (2, 3, 5, 40))
+    keep = jax.random.bernoulli(jax.random.key(1), 0.5, (2, 40))
+    bias = jax.random.normal(jax.random.key(2), (2, 3, 1, 40))
+    one = functools.partial(softmax, implementation=implementation)
+    wanted = softmax_reference(x, where=keep[:, None, None], bias=bias)
+    both = jax.vmap(lambda x, keep, bias: one(x, where=keep, bias=bias))(x, keep, bias)
+    np.testing.assert_allclose(both, wanted, rtol=2e-6)
+    shared = jax.vmap(lambda bias: one(x[0], where=keep[0], bias=bias))(bias)
+    np.testing.assert_allclose(shared, softmax_reference(x[0], where=keep[0], bias=bias[:, None][:, 0]), rtol=2e-6)
+
+
+@pytest.mark.parametrize("shape", [(4, 6, 8), (4, 1, 8), (1, 6, 1), (6, 8), (1, 1, 1), (4, 1, 1), (8,), (2, 1, 3)])
+def test_rows_of_what_broadcasts(shape):
+    whole = (2, 6, 3) if shape == (2, 1, 3) else (4, 6, 8)
+    rows = np.arange(math.prod(shape)).reshape(shape)
+    found = sum(
+        (np.arange(math.prod(whole)) // divisor % size * stride)
+        for divisor, size, stride in broadcast_terms(whole, shape)
+    )
+    np.testing.assert_array_equal(np.broadcast_to(found, math.prod(whole)), np.broadcast_to(rows, whole).ravel())
 
 
 def test_reference_is_jax_nn_softmax():
@@ -179,25 +229,32 @@ CUDA = AbstractMesh(
 
 @KERNEL
 @pytest.mark.parametrize(
-    ("shape", "dtype", "causal"),
+    ("shape", "dtype", "causal", "masks"),
     [
-        ((64, 512), "bfloat16", False),
-        ((64, 8192), "float32", False),
-        ((64, 16384), "bfloat16", False),
-        ((4, 262144), "float32", False),
-        ((3, 50257), "bfloat16", False),
-        ((2, 256, 256), "bfloat16", True),
-        ((2, 100, 4096), "float16", True),
+        ((64, 512), "bfloat16", False, None),
+        ((64, 8192), "float32", False, None),
+        ((64, 16384), "bfloat16", False, None),
+        ((4, 262144), "float32", False, None),
+        ((3, 50257), "bfloat16", False, None),
+        ((3, 1001), "float16", False, None),
+        ((2, 256, 256), "bfloat16", True, None),
+        ((2, 100, 4096), "float16", True, None),
+        ((2, 9, 4099), "bfloat16", True, (9, 4099)),
+        ((2, 3, 9, 256), "float32", False, (2, 1, 1, 256)),
+        ((2, 9, 65536), "bfloat16", False, (2, 1, 65536)),
+        ((2, 9, 200), "float32", True, (2, 9, 1)),
     ],
 )
-def test_lowers_for_cuda_on_a_cpu_host(shape, dtype, causal):
-    def both(x, dy):
-        y, vjp = jax.vjp(lambda x: softmax(x, scale=0.125, causal=causal, implementation="mosaic"), x)
+def test_lowers_for_cuda_on_a_cpu_host(shape, dtype, causal, masks):
+    def both(x, dy, where, bias):
+        one = functools.partial(softmax, scale=0.125, causal=causal, implementation="mosaic")
+        y, vjp = jax.vjp(lambda x: one(x, where=where, bias=bias), x)
         return y, vjp(dy)[0]
 
     x = jax.ShapeDtypeStruct(shape, dtype)
+    where, bias = masks and jax.ShapeDtypeStruct(masks, bool), masks and jax.ShapeDtypeStruct(masks, "float32")
     with jax.sharding.use_abstract_mesh(CUDA):
-        text = jax.jit(both).trace(x, x).lower(lowering_platforms=("cuda",)).as_text()
+        text = jax.jit(both).trace(x, x, where, bias).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("custom_call @mosaic_gpu_v2") == 2
 
 
@@ -211,13 +268,22 @@ def test_lowers_for_cuda_under_remat_scan_and_vmap():
     assert text.count("custom_call @mosaic_gpu_v2") == 2  # the value is not asked for: forward again, and backward
 
 
-def test_config_holds_every_row():
-    for backward in (False, True):
-        for columns in [1, 128, 1024, 1025, 8192, 12289, 50257, 128256, 262144, 2**19]:
-            config = config_for(columns, 2, backward=backward)
+@pytest.mark.parametrize("device", ["", "NVIDIA H200"])
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_config_holds_every_row(itemsize, backward, device):
+    for columns in [1, 128, 1024, 1025, 4099, 8192, 12289, 16384, 50257, 65536, 128256, 131072, 262144, 2**19]:
+        for causal in (False, True):
+            config = config_for(columns, itemsize, backward=backward, causal=causal, device=device)
             assert config.cluster <= 16 and config.warpgroups <= 4
             assert config.warps == 1 or config.warps == 4 * config.warpgroups * config.cluster
-            assert columns <= config.warps * 32 * 64
+            ragged = columns * itemsize % 16 != 0
+            vectors = math.ceil(columns * itemsize / 16 + ragged) / (32 * config.warps)
+            vectors = math.ceil(vectors) * (2 if backward else 1)
+            if config.staged:  # shared memory of a block, less what barriers and sums need
+                assert vectors * 16 * 128 * config.warpgroups <= 226 * 1024
+            else:  # registers of a thread, 40 of them for the rest; the longest rows spill
+                assert vectors * 4 + 40 <= min(255, 512 // config.warpgroups) or columns == 2**19
     assert config_for(8192, 2, backward=False) == Config()
 
 
@@ -247,12 +313,15 @@ def test_bad_input(x, options, error, words):
 
 
 def test_choice_says_why():
+    row = jax.ShapeDtypeStruct((50257,), "bfloat16")
     assert "NVIDIA" in softmax_choice(jnp.ones((2, 256))).why or dispatch.too_old()
     assert "2 elements" not in softmax_choice(jnp.ones((2, 256)), implementation="xla").why
     with jax.sharding.use_abstract_mesh(CUDA):
         if not dispatch.too_old():
             assert softmax_choice(jax.ShapeDtypeStruct((2, 256), "float32")).implementation == "mosaic"
-            assert "16 bytes" in softmax_choice(jax.ShapeDtypeStruct((2, 50257), "bfloat16")).why
+            assert softmax_choice(jax.ShapeDtypeStruct((2, 50257), "bfloat16"), bias=row).implementation == "mosaic"
             assert "fewer than 128" in softmax_choice(jax.ShapeDtypeStruct((2, 7), "float32")).why
+    if not dispatch.too_old():
+        assert "biases of float32" in softmax_choice(jnp.ones((2, 256)), bias=jnp.ones(256, int)).why
     with pytest.raises(ValueError, match="cannot run"):
-        softmax(jnp.ones((2, 256)), bias=jnp.ones(256), implementation="interpret")
+        softmax(jnp.ones((2, 256)), bias=jnp.ones(256, int), implementation="interpret")
