@@ -149,11 +149,13 @@ class Tools:
     Attributes:
       sqrt: Square root.
       divide: `divide(a, b)`, a / b.
+      floor: The integer below, of numbers of magnitude below 2**22, as int32 and as float32.
       group_max: Gives the largest of each `GROUP` neighbours along the last dim, to each of them.
     """
 
     sqrt: Callable[[Array], Array]
     divide: Callable[[Array, Array], Array]
+    floor: Callable[[Array], tuple[Array, Array]]
     group_max: Callable[[Array], Array]
 
 
@@ -271,9 +273,9 @@ class _BlocksFormat(Format):
             lax.shift_left(self._uniform(bits), _like(7, bits)) | _like(0x3F800000, bits), jnp.float32
         )
         if self.signed:
-            return [_nearest(scaled + (one_to_two - 1.5))[0], exponents]
+            return [tools.floor(scaled + (one_to_two - 1))[0], exponents]
         # Unbiased in the moment, not in its root: up in proportion to the way from this code's square to the next's.
-        codes, low = _nearest(scaled - 0.5)
+        codes, low = tools.floor(scaled)
         up = scaled * scaled - low * low > (one_to_two - 1) * (2 * low + 1)
         codes += _where(up, codes)
         # What is not zero must not become so, since it is divided by; zeros get the least code of their neighbours.
@@ -335,7 +337,7 @@ def group_max(x: Array) -> Array:
     return jnp.repeat(largest, GROUP, axis=-1)[..., :n].reshape(x.shape)
 
 
-EXACT = Tools(jnp.sqrt, jnp.divide, group_max)
+EXACT = Tools(jnp.sqrt, jnp.divide, lambda x: (jnp.floor(x).astype(jnp.int32), jnp.floor(x)), group_max)
 
 
 def decode(leaf: Any) -> Array:
@@ -370,15 +372,6 @@ def keep(applied: Any, new: Any, old: Any) -> Any:
 def widen(x: Array) -> Array:
     """`x` in the dtype that it is computed in: float32 or wider."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-
-def _nearest(x: Array) -> tuple[Array, Array]:
-    """The nearest integer to x, of magnitude below 2**22, as int32 and as float32.
-
-    By an addition that leaves no bits for a fraction: conversions are a sixteenth as fast on a GPU.
-    """
-    shifted = x + 12582912.0  # 1.5 * 2**23
-    return lax.bitcast_convert_type(shifted, jnp.int32) - 0x4B400000, shifted - 12582912.0
 
 
 def _power(exponent: Array) -> Array:

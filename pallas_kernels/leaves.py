@@ -257,10 +257,11 @@ class _Launch:
                 wrap = plgpu.inline_mgpu(arg_types=(layout,) * operands, return_type=tile(jnp.float32))
                 return wrap(lambda _, *x: run(*x))
 
-            exact = formats.Tools(jnp.sqrt, jnp.divide, inline(lambda x: tiles.group_max(x, formats.GROUP), 1))
+            exact = formats.Tools(jnp.sqrt, jnp.divide, _floor, inline(lambda x: tiles.group_max(x, formats.GROUP), 1))
             fast = formats.Tools(
                 inline(functools.partial(tiles.by_instruction, "sqrt.approx.ftz.f32"), 1),
                 inline(functools.partial(tiles.by_instruction, "div.approx.ftz.f32"), 2),
+                _floor,
                 exact.group_max,
             )
             values = load(index, *refs)
@@ -332,6 +333,15 @@ class _Launch:
         totals = jnp.array([[jnp.sum(x) for x in partials]], jnp.float32).reshape(1, self.sums)
         kinds = zip(refs[: self.writes], _kinds(arrays), strict=False)
         return [[jax.freeze(ref)[: size : kind.repeat].astype(kind.dtype)] for ref, kind in kinds], totals
+
+
+def _floor(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """By an addition that leaves no bits for a fraction: conversions are a sixteenth as fast, and floors not lowered.
+
+    An integer may be taken for its lower neighbour and a fraction of 1. Not for XLA, which adds up constants.
+    """
+    shifted = (x - 0.5) + 12582912.0  # 1.5 * 2**23
+    return jax.lax.bitcast_convert_type(shifted, jnp.int32) - 0x4B400000, shifted - 12582912.0
 
 
 def _kinds(arrays: list[list[jax.Array]]) -> list[tiles.Kind]:
