@@ -1,0 +1,179 @@
+"""16-bit params with exact weights behind them, and steps that what is not finite leaves as if they had never been."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import models
+import numpy as np
+import optax
+import pytest
+
+import zerojax
+
+INNERS = {
+    "adamw": optax.adamw(1e-2),
+    "fused": zerojax.fused_adamw(1e-2),
+    "chain": zerojax.chain(optax.clip_by_global_norm(1.0), zerojax.fused_adamw(1e-2, mask={"w": True, "b": False})),
+    "momentum": optax.sgd(1e-2, momentum=0.9),
+}
+SHAPES = {"w": (24, 32), "b": (33,)}
+
+
+def params_of(dtype):
+    rng = np.random.default_rng(0)
+    return {k: jnp.asarray(rng.standard_normal(shape), "bfloat16").astype(dtype) for k, shape in SHAPES.items()}
+
+
+def grads_at(step):
+    """Gradients of a step, the same wherever they are made."""
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(1), step), len(SHAPES))
+    return {k: jax.random.normal(key, SHAPES[k]) for k, key in zip(SHAPES, keys, strict=True)}
+
+
+def run(tx, params, state, steps, *, way="apply", first=0):
+    def step(i, carry):
+        params, state = carry
+        if way == "apply":
+            return zerojax.apply(tx, grads_at(i), state, params)
+        updates, state = tx.update(grads_at(i), state, params)
+        return optax.apply_updates(params, updates), state
+
+    return jax.jit(lambda *carry: jax.lax.fori_loop(first, first + steps, step, carry))(params, state)
+
+
+def same(got, want):
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+@pytest.mark.parametrize("kind", ["split", "float32"])
+@pytest.mark.parametrize("name", INNERS)
+@pytest.mark.parametrize("way", ["apply", "update"])
+def test_weights_are_those_of_float32_training(name, kind, way):
+    inner = INNERS[name]
+    tx = zerojax.master_weights(inner, kind=kind)
+    params = params_of("bfloat16")
+    params, state = run(tx, params, tx.init(params), 20, way=way)
+    want, want_state = run(inner, params_of("float32"), inner.init(params_of("float32")), 20, way=way)
+    full = zerojax.full_precision(params, state)
+    same((full, state.inner_state), (want, want_state))
+    assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("bfloat16")}
+    if kind == "float32":
+        same(params, jax.tree.map(lambda x: x.astype("bfloat16"), full))
+    else:  # truncated: nearer to zero, by less than a spacing
+        for p, w in zip(jax.tree.leaves(params), jax.tree.leaves(full), strict=True):
+            p, w = np.asarray(p, np.float64), np.asarray(w, np.float64)
+            assert np.all((np.abs(p) <= np.abs(w)) & (np.abs(w - p) < 2.0**-7 * np.abs(p) + 1e-30))
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_thousand_steps_are_bit_equal_at_every_stage(stage):
+    inner = INNERS["fused"]
+    want, _ = run(inner, params_of("float32"), inner.init(params_of("float32")), 1000)
+    params = params_of("bfloat16")
+    plan = zerojax.make_plan(params, models.mesh_of(4), stage=stage, min_size=1)
+    tx = zerojax.zero(zerojax.master_weights(inner), plan)
+    state = tx.init(params)
+    params, state = run(tx, jax.device_put(params, plan.params), state, 1000)
+    same(zerojax.full_precision(params, state), want)
+    layouts = jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), state, plan.opt_state(tx.inner))
+    assert all(jax.tree.leaves(layouts))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "state_bytes"), [(None, 10.0), ("bfloat16", 6.0), ("int8", 4 + 2 / 32)]
+)
+def test_bytes_of_a_param(dtype, state_bytes):
+    params = {"w": jnp.zeros((256, 512), "bfloat16")}
+    plan = zerojax.make_plan(params, models.mesh_of(8), stage=1)
+    tx = zerojax.zero(zerojax.master_weights(zerojax.fused_adamw(1e-3, mu_dtype=dtype, nu_dtype=dtype)), plan)
+    state = zerojax.create_train_state(params, tx, plan)
+    device = jax.devices()[0]
+    held = lambda tree: sum(
+        s.data.nbytes for x in jax.tree.leaves(tree) for s in x.addressable_shards if s.device == device
+    )
+    count = 256 * 512
+    assert held(state.params) == 2 * count
+    assert held(state.opt_state) == state_bytes * count / 8 + 4  # and the count of steps
+    assert plan.memory(tx).opt_state == held(state.opt_state)
+
+
+def test_a_model_trains_with_split_masters_and_small_moments():
+    start = jax.tree.map(lambda x: x.astype("bfloat16"), models.mlp_params())
+    loss = lambda params, batch: models.mlp_loss(jax.tree.map(lambda x: x.astype("float32"), params), batch)
+    mesh, losses = models.mesh_of(4), {}
+    for dtype in (None, "int8"):
+        for stage in (1, 3):
+            inner = zerojax.chain(
+                optax.clip_by_global_norm(1.0), zerojax.fused_adamw(3e-3, mu_dtype=dtype, nu_dtype=dtype)
+            )
+            plan = zerojax.make_plan(start, mesh, stage=stage, min_size=1)
+            tx = zerojax.zero(zerojax.master_weights(inner), plan)
+            state = zerojax.create_train_state(start, tx, plan)
+            step = zerojax.make_train_step(loss, tx, plan, grad_dtype="float32")
+            found = []
+            for batch in models.mlp_batches(3) * 5:
+                state, metrics = step(state, batch)
+                found.append(float(metrics["loss"]))
+            losses[dtype, stage] = found
+    np.testing.assert_allclose(losses[None, 1], losses[None, 3], rtol=1e-5)
+    np.testing.assert_allclose(losses["int8", 1], losses[None, 1], rtol=0.02)
+    assert losses["int8", 3][-1] < 0.9 * losses["int8", 3][0]
+
+
+def test_a_weight_that_nearly_vanishes_keeps_its_param_and_master_together():
+    params = {"w": jnp.asarray([1.0, -1.0, 1.0], "bfloat16")}
+    tx = zerojax.master_weights(optax.sgd(1.0))
+    state = tx.init(params)
+    updates, state = tx.update({"w": jnp.asarray([1 - 1e-7, -1.0, 1 + 3e-6])}, state, params)
+    params = optax.apply_updates(params, updates)
+    full = zerojax.full_precision(params, state)["w"]
+    assert np.all(np.abs(np.asarray(full) - np.asarray([1e-7, 0, -3e-6])) <= 2.0**-24)
+
+
+@pytest.mark.parametrize("wrap", [lambda tx: tx, zerojax.master_weights])
+def test_what_is_not_finite_changes_nothing_but_a_count(wrap):
+    tx = zerojax.skip_nonfinite(wrap(zerojax.fused_adamw(optax.linear_schedule(1e-2, 0, 10))))
+    params = params_of("bfloat16" if wrap is zerojax.master_weights else "float32")
+    params, state = run(tx, params, tx.init(params), 2)
+    bad = grads_at(5) | {"b": jnp.full((33,), jnp.nan)}
+    for way in ("apply", "update"):
+        if way == "apply":
+            new, skipped = jax.jit(functools.partial(zerojax.apply, tx))(bad, state, params)
+        else:
+            updates, skipped = tx.update(bad, state, params)
+            new = optax.apply_updates(params, updates)
+        same((new, skipped.inner_state), (params, state.inner_state))
+        assert int(skipped.skipped) == 1
+    # And goes on as if the step had not been.
+    got = run(tx, new, skipped, 2, first=2)[0]
+    want = run(tx, params_of(params["w"].dtype), tx.init(params_of(params["w"].dtype)), 4)[0]
+    same(got, want)
+
+
+def test_the_train_step_counts_what_it_skips():
+    params = models.mlp_params()
+    plan = zerojax.make_plan(params, models.mesh_of(2), stage=2, min_size=1)
+    tx = zerojax.zero(zerojax.skip_nonfinite(optax.adamw(1e-2)), plan)
+    state = zerojax.create_train_state(params, tx, plan)
+    step = zerojax.make_train_step(models.mlp_loss, tx, plan)
+    (batch,) = models.mlp_batches(1)
+    state, metrics = step(state, batch | {"x": batch["x"] * np.inf})
+    assert (int(metrics["skipped"]), bool(metrics["finite"])) == (1, False)
+    same(state.params, params)
+    state, metrics = step(state, batch)
+    assert (int(metrics["skipped"]), int(state.step), bool(metrics["finite"])) == (1, 2, True)
+
+
+def test_bad_input_is_refused_by_name():
+    with pytest.raises(ValueError, match="kind must be one of"):
+        zerojax.master_weights(optax.sgd(1.0), kind="bfloat16")
+    with pytest.raises(TypeError, match="leaf 'n' has dtype int32; floating params are wanted"):
+        zerojax.master_weights(optax.sgd(1.0)).init({"n": jnp.arange(3)})
+    with pytest.raises(TypeError, match="leaf 'h' has dtype float16.*upper half"):
+        zerojax.master_weights(optax.sgd(1.0)).init({"h": jnp.zeros(3, "float16")})
+    with pytest.raises(ValueError, match="has 0 states of master_weights"):
+        zerojax.full_precision({}, optax.sgd(1.0).init({}))
+    with pytest.raises(ValueError, match="needs the params"):
+        tx = zerojax.master_weights(optax.sgd(1.0))
+        tx.update({}, tx.init({}))
