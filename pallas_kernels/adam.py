@@ -8,6 +8,7 @@ other formats (formats.py): 18 with bfloat16 moments and gradients, 14 with 8-bi
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -100,7 +101,7 @@ def adam_scalars(
         learning_rate, b1, b2, 1 - b1, 1 - b2, eps, eps_root, weight_decay, l2,
         mu_factor, grad_factor, unbias(b2, count), scale, apply,
     )  # fmt: skip
-    return Scalars(*(jnp.asarray(x, jnp.float32) for x in values), seed)
+    return Scalars(*map(functools.partial(jnp.asarray, dtype=jnp.float32), values), seed)
 
 
 def moments(
@@ -132,9 +133,7 @@ def direction(
     return step if p is None else step + (s.weight_decay * decay) * p
 
 
-def stored_moments(
-    s: Scalars, mu: jax.Array, nu: jax.Array, old_mu: Any, old_nu: Any, place: Place
-) -> tuple[Any, Any]:
+def stored_moments(s: Scalars, mu: jax.Array, nu: jax.Array, old_mu: Any, old_nu: Any, place: Place) -> tuple[Any, Any]:
     """Moments as they are kept: each with its half of the random bits."""
     pairs = ((mu, old_mu), (nu, old_nu))
     mu, nu = (formats.encode(x, old, half=k, seed=s.seed, place=place) for k, (x, old) in enumerate(pairs))
@@ -200,7 +199,11 @@ def adam(
     places = list(map(Place, range(len(params)))) if places is None else places
     check("adam", params, grads, mu, nu, decay)
     choice = adam_choice(params, grads, mu, nu, implementation=implementation)
-    by_xla = lambda lists, decay, places: adam_reference(*lists, scalars, decay=decay, places=places)
+
+    def by_xla(lists: stored.Lists, decay: Sequence[bool], places: Sequence[Place]) -> Any:
+        params, grads, mu, nu = lists
+        return adam_reference(params, grads, mu, nu, scalars, decay=decay, places=places)
+
     if choice.implementation == "xla":
         return by_xla((params, grads, mu, nu), decay, places)
 

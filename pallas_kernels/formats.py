@@ -386,6 +386,5 @@ def _where(condition: Array, like: Array) -> Array:
 
 def _like(number: float, x: Array) -> Array:
     """A number in x's shape and dtype: the kernel's compiler broadcasts no operand of a shift or a select."""
-    if x.dtype == jnp.int32:
-        number = np.uint32(int(number) % 2**32).view(np.int32)
-    return jnp.full(jnp.shape(x), number, x.dtype)
+    wrapped = np.uint32(int(number) % 2**32).view(np.int32) if x.dtype == jnp.int32 else number
+    return jnp.full(jnp.shape(x), wrapped, x.dtype)

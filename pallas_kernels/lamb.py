@@ -111,16 +111,17 @@ def lamb(
     places = list(map(Place, range(len(params)))) if places is None else places
     check("lamb", params, grads, mu, nu, decay)
     choice = lamb_choice(params, grads, mu, nu, implementation=implementation)
-    by_xla = lambda lists, decay, places: lamb_reference(*lists, scalars, trust=trust, decay=decay, places=places)
+
+    def by_xla(lists: stored.Lists, decay: Sequence[bool], places: Sequence[Place]) -> Any:
+        params, grads, mu, nu = lists
+        return lamb_reference(params, grads, mu, nu, scalars, trust=trust, decay=decay, places=places)
+
+    def kernel(lists: stored.Lists, decay: Sequence[bool], places: Sequence[Place]) -> Any:
+        return _by_kernel(lists, decay, places, scalars, trust, across, config, choice.implementation)
+
     if choice.implementation == "xla":
         return by_xla((params, grads, mu, nu), decay, places)
-    new = stored.by_service(
-        lambda *leaves: _by_kernel(*leaves, scalars, trust, across, config, choice.implementation),
-        by_xla,
-        (params, grads, mu, nu),
-        decay,
-        places,
-    )
+    new = stored.by_service(kernel, by_xla, (params, grads, mu, nu), decay, places)
     return new[0], new[1], new[2]
 
 

@@ -244,9 +244,7 @@ class _Launch:
 
             splat = plgpu.Layout.WG_SPLAT
 
-            @plgpu.inline_mgpu(
-                arg_types=(splat, splat, *[layout] * writes, *whole[: writes * count]), return_type=()
-            )
+            @plgpu.inline_mgpu(arg_types=(splat, splat, *[layout] * writes, *whole[: writes * count]), return_type=())
             def store(_: Any, applied: Any, index: Any, *new_and_refs: Any) -> tuple[Any, ...]:
                 new, refs = new_and_refs[:writes], new_and_refs[writes:]
                 with tiles.where_positive(applied):

@@ -70,8 +70,8 @@ def run(
             name,
             _OnArrays(body, kind, len(written)),
             scalars,
-            sum(by_array[: len(written)], []),
-            sum(by_array[len(written) :], []),
+            list(itertools.chain(*by_array[: len(written)])),
+            list(itertools.chain(*by_array[len(written) :])),
             factors=factors[jnp.array(some)],
             keys=_keys(kind, seed, [places[i] for i in some]),
             unread=[sum(number[:k]) + a for k in range(len(written)) for a in kind[k].unread],
@@ -97,7 +97,7 @@ class _OnArrays:
 
     def __call__(self, here: leaves.Here, *arrays: jax.Array) -> list[jax.Array]:
         rest = list(arrays)
-        values = [f.decode([None if a in f.unread else rest.pop(0) for a in range(len(f.dtypes))]) for f in self.kind]
+        values = [f.decode([rest.pop(0) for a in range(len(f.dtypes)) if a not in f.unread]) for f in self.kind]
         tools = here.fast if any(f.fast for f in self.kind) else here.exact
         new = list(self.body(tools, here.scalars, *values, *here.factors))
         stored = [f.encode(x, here.bits, tools) for f, x in zip(self.kind, new[: self.writes], strict=False)]

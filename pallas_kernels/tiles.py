@@ -140,7 +140,7 @@ class Block:
             here = _plus(at, j)
             one(_less(here, self.size), j, here)
 
-    def places(self, cuts: Sequence[tuple[ir.Value, ir.Value, ir.Value]], *, together: bool) -> mgpu.FragmentedArray:
+    def places(self, cuts: Sequence[Sequence[ir.Value]], *, together: bool) -> mgpu.FragmentedArray:
         """int32: where each element lies in the whole leaf, modulo 2**32, by its `formats.Cut`s.
 
         Args:
@@ -158,7 +158,7 @@ class Block:
                 place = arith.addi(place, arith.addi(arith.muli(arith.divui(place, period), stride), offset))
             return place
 
-        registers = []
+        registers: list[ir.Value] = []
         for at in self._places():
             first = arith.index_cast(i32, at)
             if together:
@@ -269,9 +269,12 @@ def by_instruction(instruction: str, *operands: mgpu.FragmentedArray) -> mgpu.Fr
     places = ", ".join(f"${k}" for k in range(len(operands) + 1))
     for k, vectors in enumerate(zip(*(x.registers.flat for x in operands), strict=True)):
         kind = ir.VectorType(vectors[0].type)
-        elements = [
+        elements: list[Any] = [
             llvm.inline_asm(
-                kind.element_type, [vector.extract(x, [], [j]) for x in vectors], f"{instruction} {places};", constraints
+                kind.element_type,
+                [vector.extract(x, [], [j]) for x in vectors],
+                f"{instruction} {places};",
+                constraints,
             )
             for j in range(kind.shape[0])
         ]
@@ -304,7 +307,7 @@ def _index() -> ir.Type:
     return ir.IndexType.get()
 
 
-def _constant(kind: ir.Type, value: int) -> ir.Value:
+def _constant(kind: ir.Type, value: float) -> ir.Value:
     return mgpu.c(value, kind)
 
 

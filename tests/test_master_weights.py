@@ -80,9 +80,7 @@ def test_a_thousand_steps_are_bit_equal_at_every_stage(stage):
     assert all(jax.tree.leaves(layouts))
 
 
-@pytest.mark.parametrize(
-    ("dtype", "state_bytes"), [(None, 10.0), ("bfloat16", 6.0), ("int8", 4 + 2 / 32)]
-)
+@pytest.mark.parametrize(("dtype", "state_bytes"), [(None, 10.0), ("bfloat16", 6.0), ("int8", 4 + 2 / 32)])
 def test_bytes_of_a_param(dtype, state_bytes):
     params = {"w": jnp.zeros((256, 512), "bfloat16")}
     plan = zerojax.make_plan(params, models.mesh_of(8), stage=1)
@@ -170,7 +168,7 @@ def test_bad_input_is_refused_by_name():
         zerojax.master_weights(optax.sgd(1.0), kind="bfloat16")
     with pytest.raises(TypeError, match="leaf 'n' has dtype int32; floating params are wanted"):
         zerojax.master_weights(optax.sgd(1.0)).init({"n": jnp.arange(3)})
-    with pytest.raises(TypeError, match="leaf 'h' has dtype float16.*upper half"):
+    with pytest.raises(TypeError, match=r"leaf 'h' has dtype float16.*upper half"):
         zerojax.master_weights(optax.sgd(1.0)).init({"h": jnp.zeros(3, "float16")})
     with pytest.raises(ValueError, match="has 0 states of master_weights"):
         zerojax.full_precision({}, optax.sgd(1.0).init({}))

@@ -464,7 +464,7 @@ def _on_shards(
         mine, shapes = [specs[i] for i in some], [formats.shape_of(lists[0][i]) for i in some]
 
         def on_shards(*args: Any) -> Any:
-            places = [_place(i, *leaf, plan.mesh) for i, *leaf in zip(some, shapes, mine, strict=True)]
+            places = [_place(i, shape, spec, plan.mesh) for i, shape, spec in zip(some, shapes, mine, strict=True)]
             norms = {"across": _sum_over_shards(mine)} if rule.norms else {}
             return run(*args, decay=[decay[i] for i in some], places=places, **norms)
 

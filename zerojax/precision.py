@@ -51,8 +51,8 @@ def master_weights(inner: optax.GradientTransformation, *, kind: str = "split") 
       Bytes a param beside the 16-bit param itself: 2 with "split", 4 with "float32".
 
     Precision:
-      As float32 training, bit for bit, by `zerojax.apply` and the train step. By `update` and `optax.apply_updates` too,
-      but for a weight that falls below 2**-15 of its size in one step, which is off by less than its old rounding error.
+      As float32 training, bit for bit, by `zerojax.apply` and the train step. By `update` and `optax.apply_updates`
+      too, but for a weight that falls below 2**-15 of its size in one step: off by less than its old rounding error.
 
     Example:
       >>> import zerojax
