@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -21,6 +22,9 @@ from pallas_kernels import dispatch
 from pallas_kernels.layer_norm_rows import backward_kernel, forward_kernel, unserved, varying_like
 
 Array = jax.Array
+# Of each row: its mean, what that lacks of the row's true mean (the rounding of numbers far from zero), and
+# 1 / sqrt(variance + epsilon); float32.
+Statistics = tuple[Array, Array, Array]
 
 
 def bytes_moved(x: Any, *, residual: bool = False) -> dict[str, int]:
@@ -92,7 +96,7 @@ def layer_norm_reference(
       >>> layer_norm_reference(jnp.array([1.0, 3.0]), jnp.full(2, 10.0), jnp.ones(2), epsilon=0.0).tolist()
       [-9.0, 11.0]
     """
-    y, total, _, _ = _reference(x, scale, bias, residual, epsilon)
+    y, total, _ = _reference(x, scale, bias, residual, epsilon)
     return y if residual is None else (y, total)
 
 
@@ -154,7 +158,7 @@ def _layer_norm(
 
 def _run(
     x: Array, scale: Array | None, bias: Array | None, residual: Array | None, epsilon: float, implementation: str
-) -> tuple[Array, Array | None, Array, Array]:
+) -> tuple[Array, Array | None, Statistics]:
     if implementation == "xla":
         return _reference(x, scale, bias, residual, epsilon)
     return forward_kernel(x, scale, bias, residual, epsilon=epsilon, implementation=implementation)
@@ -163,24 +167,21 @@ def _run(
 def _fwd(
     x: Array, scale: Array | None, bias: Array | None, residual: Array | None, epsilon: float, implementation: str
 ) -> tuple[Any, Any]:
-    y, total, mean, rstd = _run(x, scale, bias, residual, epsilon, implementation)
+    y, total, statistics = _run(x, scale, bias, residual, epsilon, implementation)
     like_bias = None if bias is None else jnp.zeros((0,), bias.dtype)
-    return (y, total), (x if total is None else total, scale, like_bias, mean, rstd)
+    return (y, total), (x if total is None else total, scale, like_bias, statistics)
 
 
 def _bwd(epsilon: float, implementation: str, saved: Any, cotangents: tuple[Array, Array | None]) -> tuple[Any, ...]:
-    x, scale, like_bias, mean, rstd = saved
+    x, scale, like_bias, statistics = saved
+    dtypes = [None if a is None else a.dtype for a in (scale, like_bias)]
     if implementation == "xla" or unserved("backward", x, 2 if cotangents[1] is None else 3):
-        columns = (*x.shape[:-1], 1)
-        dx, dscale, dbias = _reference_backward(x, *cotangents, scale, mean.reshape(columns), rstd.reshape(columns))
+        columns = [a.reshape(*x.shape[:-1], 1) for a in statistics]
+        dx, *sums = _reference_backward(x, *cotangents, scale, columns)
+        sums = [None if dtype is None else a.astype(dtype) for a, dtype in zip(sums, dtypes, strict=True)]
     else:
-        dx, dscale, dbias = backward_kernel(x, *cotangents, scale, mean, rstd, implementation=implementation)
-    return (
-        dx,
-        None if scale is None else dscale.astype(scale.dtype),
-        None if like_bias is None else dbias.astype(like_bias.dtype),
-        None if cotangents[1] is None else dx,
-    )
+        dx, *sums = backward_kernel(x, *cotangents, scale, statistics, dtypes, implementation=implementation)
+    return dx, *sums, None if cotangents[1] is None else dx
 
 
 _layer_norm.defvjp(_fwd, _bwd)
@@ -188,20 +189,22 @@ _layer_norm.defvjp(_fwd, _bwd)
 
 def _reference(
     x: Array, scale: Array | None, bias: Array | None, residual: Array | None, epsilon: float
-) -> tuple[Array, Array | None, Array, Array]:
-    """y, the sum with the residual if there is one, mean [..., 1], rstd [..., 1]."""
+) -> tuple[Array, Array | None, Statistics]:
+    """y, the sum with the residual if there is one, and statistics [..., 1]."""
     total = None if residual is None else _rounded(x + residual)
     wide = jnp.promote_types(x.dtype, jnp.float32)
     rows = (x if total is None else total).astype(wide)
     mean = jnp.mean(rows, -1, keepdims=True)
     centred = rows - mean
+    rest = jnp.mean(centred, -1, keepdims=True)
+    centred -= rest
     rstd = lax.rsqrt(jnp.mean(centred * centred, -1, keepdims=True) + epsilon)
     y = centred * rstd
     if scale is not None:
         y *= scale.astype(wide)
     if bias is not None:
         y += bias.astype(wide)
-    return y.astype(x.dtype), total, mean, rstd
+    return y.astype(x.dtype), total, (mean, rest, rstd)
 
 
 def _rounded(a: Array) -> Array:
@@ -210,10 +213,11 @@ def _rounded(a: Array) -> Array:
 
 
 def _reference_backward(
-    x: Array, dy: Array, dtotal: Array | None, scale: Array | None, mean: Array, rstd: Array
+    x: Array, dy: Array, dtotal: Array | None, scale: Array | None, statistics: Sequence[Array]
 ) -> tuple[Array, Array, Array]:
     """dx in x's dtype, dscale and dbias wide. No reshape: leading dims may be sharded."""
-    centred = (x.astype(mean.dtype) - mean) * rstd
+    mean, rest, rstd = statistics
+    centred = (x.astype(mean.dtype) - mean - rest) * rstd
     dwide = dy.astype(mean.dtype)
     dcentred = dwide if scale is None else dwide * scale.astype(mean.dtype)
     along = jnp.mean(dcentred * centred, -1, keepdims=True)
