@@ -86,32 +86,62 @@ def _varying(a: Array) -> frozenset[str]:
     return getattr(kind, "vma", frozenset())
 
 
-def _statistics(walk: Any, i: Array, x: Array) -> tuple[Array, Array, Array, Array]:
-    """x less the mean of a warp's part, that less the row's mean; the mean's first digits, its rest, the variance.
+@dataclasses.dataclass(frozen=True)
+class _Row:
+    """Of a row, or as many as lie side by side: what `_statistics` finds.
 
-    The mean of numbers near 1e4 is known to 1e-3 in float32. The mean of the differences from it says what is missing.
+    The mean of numbers near 1e4 is known to 1e-3 in float32; the mean of the differences from it says what it lacks.
+
+    Attributes:
+      centred: x less the mean of what this warp has of the row.
+      away: The row's mean, less that.
+      mean: The row's mean.
+      rest: What it lacks.
+      variance: Of the differences from the true mean.
     """
+
+    centred: Array
+    away: Array
+    mean: Array
+    rest: Array
+    variance: Array
+
+
+def _statistics(walk: Any, i: Array, rows: Sequence[Array]) -> list[_Row]:
+    """Of the rows of each turn."""
     grid, share = walk.grid, walk.share()
-    mean = jnp.sum(x, axis=1) * share
-    centred = walk.kept(x - walk.spread(mean))
-    rest = jnp.sum(centred, axis=1)
-    squares = jnp.sum(centred * centred, axis=1)
+    found = []
+    for x in rows:
+        # Rounded: a difference that was fused with the product would be from another mean than the one that is kept.
+        mean = walk.product(jnp.sum(x, axis=1), share)
+        centred = walk.kept(x - walk.spread(mean))
+        rest = jnp.sum(centred, axis=1)
+        squares = jnp.sum(centred * centred, axis=1) - rest * (rest * share)
+        found.append((centred, mean, rest * share, squares))
     if not grid.shared:
-        rest *= share
-        return centred, rest, mean, rest, squares * share - rest * rest
-    # Chan, Golub, LeVeque, Updating formulae and a pairwise algorithm for computing sample variances, 1979.
-    parts = walk.exchange(i, mean, rest * share, squares - rest * (rest * share))
-    whole, rest, squares = _combined(walk.counts(), *parts)
+        return [_Row(centred, rest, mean, rest, squares * share) for centred, mean, rest, squares in found]
+    told = [number for _, *numbers in found for number in numbers]
+    totals = _together(walk.exchange(i, *told), walk.counts())
     if grid.config.cluster > 1:
-        parts = walk.exchange_blocks(i, whole, rest, squares)
-        whole, rest, squares = _combined(grid.counts(grid.part * grid.warps, grid.config.cluster), *parts)
-    return centred, (whole - mean) + rest, whole, rest, squares * (1 / grid.columns)
+        counts = grid.counts(grid.part * grid.warps, grid.config.cluster)
+        totals = _together(walk.exchange_blocks(i, *(a for total in totals for a in total)), counts)
+    return [
+        _Row(centred, (whole - mean) + rest, whole, rest, squares * (1 / grid.columns))
+        for (centred, mean, _, _), (whole, rest, squares) in zip(found, totals, strict=True)
+    ]
+
+
+def _together(heard: Sequence[Sequence[Array]], counts: Sequence[Any]) -> list[tuple[Array, Array, Array]]:
+    return [_combined(counts, *heard[k : k + 3]) for k in range(0, len(heard), 3)]
 
 
 def _combined(
     counts: Sequence[Any], means: Sequence[Array], rests: Sequence[Array], squares: Sequence[Array]
 ) -> tuple[Array, Array, Array]:
-    """The mean, what it lacks, and the sum of squared differences from it, of parts that have so many numbers each."""
+    """The mean, what it lacks, and the sum of squared differences from it, of parts that have so many numbers each.
+
+    Chan, Golub, LeVeque, Updating formulae and a pairwise algorithm for computing sample variances, 1979.
+    """
     total = _tree(counts)
     share = 1 / total if isinstance(total, int) else 1 / jnp.maximum(total, 1.0)
     first = means[0]
@@ -150,21 +180,23 @@ def forward_kernel(
         held = [walk.columns(w) for w in weight_refs] if config.hold else None
 
         def tile(i: Array, carry: Any) -> Any:
-            row = walk.tile(i)
-            total = row[0]
-            if residual is not None:
-                total = (row[0] + row[1]).astype(x.dtype).astype(jnp.float32)
-                walk.store(ys[1], i, total)
-            centred, away, mean, rest, variance = _statistics(walk, i, total)
-            rstd = lax.rsqrt(jnp.maximum(variance, 0.0) + epsilon)
-            y = centred * walk.spread(rstd) - walk.spread(away * rstd)
-            factors = held or [walk.columns(w) for w in weight_refs]
-            if scale is not None:
-                y = y * factors[0]
-            if bias is not None:
-                y = y + factors[-1]
-            walk.store(ys[0], i, y)
-            walk.store_numbers([mean_out, rest_out, rstd_out], i, [mean, rest, rstd])
+            totals = []
+            for turn in range(config.turns):
+                total, *more = walk.tile(i, turn)
+                if more:
+                    total = (total + more[0]).astype(x.dtype).astype(jnp.float32)
+                    walk.store(ys[1], i, turn, total)
+                totals.append(total)
+            for turn, row in enumerate(_statistics(walk, i, totals)):
+                rstd = lax.rsqrt(jnp.maximum(row.variance, 0.0) + epsilon)
+                y = row.centred * walk.spread(rstd) - walk.spread(row.away * rstd)
+                factors = held or [walk.columns(w) for w in weight_refs]
+                if scale is not None:
+                    y = y * factors[0]
+                if bias is not None:
+                    y = y + factors[-1]
+                walk.store(ys[0], i, turn, y)
+                walk.store_numbers([mean_out, rest_out, rstd_out], i, turn, [row.mean, row.rest, rstd])
             return carry
 
         walk.over_tiles(tile, None)
@@ -206,35 +238,41 @@ def backward_kernel(
     def body(walk: Any, number_refs: Sequence[Any], weight_refs: Sequence[Any], outs: Sequence[Any]) -> None:
         dx_out, *sum_outs = outs
         held = [walk.columns(w) for w in weight_refs] if config.hold else None
+        turns = range(config.turns)
 
         def tile(i: Array, carry: Any) -> Any:
             numbers, sums = carry
-            ahead = walk.load_numbers(number_refs, i + 1)  # not waited for in this tile
-            mean, rest, rstd = numbers
+            ahead = [walk.load_numbers(number_refs, i + 1, turn) for turn in turns]  # not waited for in this tile
 
-            def terms() -> tuple[Array, ...]:
-                x, dy, *more = walk.tile(i)
+            def terms(turn: int) -> tuple[Array, ...]:
+                mean, rest, rstd = numbers[turn]
+                x, dy, *more = walk.tile(i, turn)
                 unit = (x - walk.spread(mean)) * walk.spread(rstd) - walk.spread(rest * rstd)
                 factors = held or [walk.columns(w) for w in weight_refs]
                 return unit, dy, dy * factors[0] if factors else dy, *more
 
-            unit, dy, dunit, *more = terms()
-            along, shift = jnp.sum(dunit * unit, axis=1), jnp.sum(dunit, axis=1)
+            rows, told = [], []
+            for turn in turns:
+                unit, dy, dunit, *more = terms(turn)
+                told += [jnp.sum(dunit * unit, axis=1), jnp.sum(dunit, axis=1)]
+                rows.append((unit, dy, dunit, *more))
             if walk.grid.shared:
-                along, shift = (_tree(parts) for parts in walk.exchange(i, along, shift))
+                told = [_tree(parts) for parts in walk.exchange(i, *told)]
             if walk.grid.config.cluster > 1:
-                along, shift = (_tree(parts) for parts in walk.exchange_blocks(i, along, shift))
-            along, shift = along * (rstd * (1 / n)), shift * (rstd * (1 / n))
-            if config.again:
-                unit, dy, dunit, *more = terms()
-            dx = dunit * walk.spread(rstd) - (unit * walk.spread(along) + walk.spread(shift))
-            if more:
-                dx = dx + more[0]
-            walk.store(dx_out, i, dx)
-            news = [dy * unit, dy]
-            return ahead, [a + news[k] for a, k in zip(sums, wanted, strict=True)]
+                told = [_tree(parts) for parts in walk.exchange_blocks(i, *told)]
+            for turn in turns:
+                unit, dy, dunit, *more = terms(turn) if config.again else rows[turn]
+                rstd = numbers[turn][2]
+                along, shift = (a * (rstd * (1 / n)) for a in told[2 * turn : 2 * turn + 2])
+                dx = dunit * walk.spread(rstd) - (unit * walk.spread(along) + walk.spread(shift))
+                if more:
+                    dx = dx + more[0]
+                walk.store(dx_out, i, turn, dx)
+                news = [dy * unit, dy]
+                sums = [a + news[k] for a, k in zip(sums, wanted, strict=True)]
+            return ahead, sums
 
-        start = walk.load_numbers(number_refs, jnp.int32(0))
+        start = [walk.load_numbers(number_refs, jnp.int32(0), turn) for turn in turns]
         _, sums = walk.over_tiles(tile, (start, [walk.zeros() for _ in wanted]))
         if wanted:
             walk.store_sums(sum_outs, sums)
@@ -296,7 +334,7 @@ def _launch(
 
     kinds: dict[str, Any] = {}
     if not simulated:
-        kinds["scratch_types"] = [plgpu.SMEM((ring_bytes,), jnp.int8), plgpu.SMEM((values * grid.slots,), jnp.float32)]
+        kinds["scratch_types"] = [plgpu.SMEM((ring_bytes,), jnp.int8), plgpu.SMEM((values * config.turns * grid.slots,), jnp.float32)]
         if config.cluster > 1:
             kinds |= {"cluster": (config.cluster,), "cluster_names": ("cluster",)}
         if config.warpgroups > 1:

@@ -143,3 +143,8 @@ def store_where(condition: ir.Value | None, value: ir.Value, pointer: ir.Value) 
         ",".join(["r", "l", *[letter] * words]),
         has_side_effects=True,
     )
+
+
+def product(a: ir.Value, b: ir.Value) -> ir.Value:
+    """a * b of float32, rounded: it is never fused with a sum."""
+    return llvm.inline_asm(a.type, [a, b], "mul.rn.f32 $0, $1, $2;", "=f,f,f")

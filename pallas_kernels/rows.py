@@ -47,6 +47,7 @@ class Config:
       blocks: Of one processor; a large number gives every tile a block of its own.
       hold: Whether what belongs to columns (scale, bias) stays in registers, or is read again for each row.
       again: Whether a tile is read twice from shared memory, and so not kept in registers while sums are waited for.
+      turns: Rows, one after the other, that those who share a row take in one tile: they tell each other once for all.
     """
 
     warps: int = 1
@@ -56,6 +57,7 @@ class Config:
     blocks: int = 1
     hold: bool = True
     again: bool = False
+    turns: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,8 +118,14 @@ class Grid:
         return self.config.warpgroups // self.group
 
     @property
-    def team_rows(self) -> int:
+    def turn_rows(self) -> int:
+        """Rows that a team works on at the same time."""
         return 1 if self.shared else self.block[0]
+
+    @property
+    def team_rows(self) -> int:
+        """Rows that a team has of a tile."""
+        return self.turn_rows * self.config.turns
 
     @property
     def tile_rows(self) -> int:
@@ -157,14 +165,14 @@ class Grid:
 
     def ring_bytes(self, streams: int) -> int:
         threads = self.config.warpgroups * WARPS * LANES
-        return self.config.stages * streams * self.registers * threads * self.vector_bytes
+        return self.config.stages * self.config.turns * streams * self.registers * threads * self.vector_bytes
 
     @property
     def sums(self) -> tuple[int, int]:
         """Shape of a block's sums over rows before they are added up: rows, or teams that share each, and columns."""
         if self.shared:
             return self.teams, self.part * self.config.warps
-        return self.tile_rows, self.part
+        return self.teams * self.turn_rows, self.part
 
     @property
     def sums_bytes(self) -> int:
@@ -232,9 +240,10 @@ class Walk:
             return step(jnp.int32(0), carry)
         return lax.fori_loop(0, (grid.tiles - self.block + grid.blocks - 1) // grid.blocks, step, carry)
 
-    def row(self, i: Array) -> Array:
-        """The first row that this team has of the i-th tile."""
-        return (self.block + i * self.grid.blocks) * self.grid.tile_rows + self.team * self.grid.team_rows
+    def row(self, i: Array, turn: int) -> Array:
+        """The first row that this team has of the i-th tile in a turn."""
+        grid = self.grid
+        return (self.block + i * grid.blocks) * grid.tile_rows + self.team * grid.team_rows + turn * grid.turn_rows
 
     def spread(self, values: Array) -> Array:
         """A number a row, over its columns."""
@@ -250,38 +259,39 @@ class Walk:
         @plgpu.inline_mgpu(arg_types=(*[plgpu.RefType()] * (1 + len(self.sources)), *[plgpu.Layout.WG_SPLAT] * 3))
         def run(_: Any, *args: Any) -> None:
             *sources, ring, row, first, i = args
-            place = _place(grid, row, first)
             modifier = nvvm.LoadCacheModifierKind.CG if grid.vector_bytes == 16 else nvvm.LoadCacheModifierKind.CA
-            slot = self._slot(ring, i)
-            for s, source in enumerate(sources):
-                begin = mlir.at(mlir.address(source, mlir.GLOBAL), _offset(grid, place, grid.itemsize))
-                for j, kept in enumerate(place.kept):
-                    there = mlir.every(mlir.less(place.row, grid.rows), kept)
-                    nvvm.cp_async_shared_global(
-                        mlir.at(slot, self._stored(s, j)),
-                        mlir.at(begin, j * grid.span * grid.itemsize),
-                        grid.vector_bytes,
-                        modifier,
-                        cp_size=arith.select(there, mlir.int32(grid.vector_bytes), mlir.int32(0)),
-                    )
+            for turn in range(grid.config.turns):
+                slot, place = self._slot(ring, i, turn), _place(grid, row, first, turn)
+                for s, source in enumerate(sources):
+                    begin = mlir.at(mlir.address(source, mlir.GLOBAL), _offset(grid, place, grid.itemsize))
+                    for j, kept in enumerate(place.kept):
+                        there = mlir.every(mlir.less(place.row, grid.rows), kept)
+                        nvvm.cp_async_shared_global(
+                            mlir.at(slot, self._stored(s, j)),
+                            mlir.at(begin, j * grid.span * grid.itemsize),
+                            grid.vector_bytes,
+                            modifier,
+                            cp_size=arith.select(there, mlir.int32(grid.vector_bytes), mlir.int32(0)),
+                        )
             nvvm.cp_async_commit_group()
 
-        run(*self.sources, self.ring, self.row(i), self.first, i)
+        run(*self.sources, self.ring, self.row(i, 0), self.first, i)
 
-    def _slot(self, ring: ir.Value, i: Any) -> ir.Value:
+    def _slot(self, ring: ir.Value, i: Any, turn: int) -> ir.Value:
         """Where this thread's elements of the i-th tile are in shared memory."""
-        threads = self.grid.config.warpgroups * WARPS * LANES
-        stage = arith.remui(mlir.to_index(i), mlir.index(self.grid.config.stages))
-        size = len(self.sources) * self.grid.registers * threads * self.grid.vector_bytes
+        config = self.grid.config
+        stage = arith.remui(mlir.to_index(i), mlir.index(config.stages))
+        size = self._stored(len(self.sources), 0)
         here = mlir.times(mlir.to_index(mgpu.thread_idx()), self.grid.vector_bytes)
-        return mlir.at(mlir.address(ring, mlir.SHARED), arith.addi(mlir.times(stage, size), here))
+        here = mlir.plus(arith.addi(mlir.times(stage, config.turns * size), here), turn * size)
+        return mlir.at(mlir.address(ring, mlir.SHARED), here)
 
     def _stored(self, source: int, register: int) -> int:
         threads = self.grid.config.warpgroups * WARPS * LANES
         return (source * self.grid.registers + register) * threads * self.grid.vector_bytes
 
-    def tile(self, i: Array) -> list[Array]:
-        """The i-th tile of each source, float32; zeros where nothing is."""
+    def tile(self, i: Array, turn: int) -> list[Array]:
+        """What a team has in a turn of the i-th tile of each source, float32; zeros where nothing is."""
         grid = self.grid
         layout = grid.layout.to_mgpu()
         kinds = tuple(plgpu.ShapeDtypeStruct(grid.block, a.dtype, layout=grid.layout) for a in self.sources)
@@ -294,7 +304,7 @@ class Walk:
             place = _place(grid, row, first)
             if grid.config.stages:
                 nvvm.cp_async_wait_group(grid.config.stages - 1)
-                slot = self._slot(ring, i)
+                slot = self._slot(ring, i, turn)
             results = []
             for s, source in enumerate(sources):
                 element = ir.MemRefType(source.type).element_type
@@ -312,10 +322,10 @@ class Walk:
                 results.append(mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None))
             return tuple(results)
 
-        return [a.astype(jnp.float32) for a in run(*self.sources, self.ring, self.row(i), self.first, i)]
+        return [a.astype(jnp.float32) for a in run(*self.sources, self.ring, self.row(i, turn), self.first, i)]
 
-    def store(self, ref: Any, i: Array, value: Array) -> None:
-        """Writes what is there of the i-th tile."""
+    def store(self, ref: Any, i: Array, turn: int, value: Array) -> None:
+        """Writes what is there."""
         grid = self.grid
 
         @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), grid.layout, plgpu.Layout.WG_SPLAT, plgpu.Layout.WG_SPLAT))
@@ -327,7 +337,7 @@ class Walk:
             for j, (kept, register) in enumerate(zip(place.kept, value.registers.flat, strict=True)):
                 mlir.store_where(mlir.every(row_there, kept), register, mlir.at(begin, j * grid.span * grid.itemsize))
 
-        run(ref, value.astype(ref.dtype), self.row(i), self.first)
+        run(ref, value.astype(ref.dtype), self.row(i, turn), self.first)
 
     def columns(self, ref: Any) -> Array:
         """What an array of one number a column has for a tile, float32; zeros beyond the row's end."""
@@ -402,6 +412,20 @@ class Walk:
 
         return 1 / jnp.maximum(run(self.first), 1.0)
 
+    def product(self, a: Array, b: Array | float) -> Array:
+        """a * b of numbers a row, rounded: a sum that it is a term of does not see more of its digits."""
+        grid = self.grid
+        b = plgpu.layout_cast(jnp.full(a.shape, b), grid.numbers) if isinstance(b, float) else b
+
+        @plgpu.inline_mgpu(
+            arg_types=(grid.numbers, grid.numbers),
+            return_type=plgpu.ShapeDtypeStruct(a.shape, jnp.float32, layout=grid.numbers),
+        )
+        def run(_: Any, a: Any, b: Any) -> Any:
+            return self._number(mlir.product(*(vector.extract(v.registers.item(), [], [0]) for v in (a, b))))
+
+        return run(a, b)
+
     def _number(self, value: ir.Value) -> mgpu.FragmentedArray:
         """A number a row that this thread knows."""
         layout = self.grid.numbers.to_mgpu()
@@ -409,8 +433,8 @@ class Walk:
         registers.flat[0] = vector.broadcast(layout.registers_element_type(value.type), value)
         return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
 
-    def load_numbers(self, refs: Sequence[Any], i: Array) -> list[Array]:
-        """Of arrays of one float32 a row, those of the i-th tile; zeros where no row is."""
+    def load_numbers(self, refs: Sequence[Any], i: Array, turn: int) -> list[Array]:
+        """Of arrays of one float32 a row, those of a turn of the i-th tile; zeros where no row is."""
         grid = self.grid
         kind = plgpu.ShapeDtypeStruct((grid.block[0],), jnp.float32, layout=grid.numbers)
 
@@ -429,9 +453,9 @@ class Walk:
                 results.append(self._number(vector.extract(value, [], [0])))
             return tuple(results)
 
-        return list(run(*refs, self.row(i), self.first))
+        return list(run(*refs, self.row(i, turn), self.first))
 
-    def store_numbers(self, refs: Sequence[Any], i: Array, values: Sequence[Array]) -> None:
+    def store_numbers(self, refs: Sequence[Any], i: Array, turn: int, values: Sequence[Array]) -> None:
         """Writes one float32 a row, by one thread a row."""
         grid = self.grid
         many = len(refs)
@@ -455,7 +479,7 @@ class Walk:
 
             mlir.when(mlir.every(mine, mlir.less(place.row, grid.rows)), write)
 
-        run(*refs, *values, self.row(i), self.first)
+        run(*refs, *values, self.row(i, turn), self.first)
 
     def exchange(self, i: Array, *values: Array) -> list[list[Array]]:
         """For each value, which every warp has one of: those of all warps of the block that share its row, in order."""
@@ -548,7 +572,7 @@ class Walk:
                 return
             # Through shared memory, which the tiles no longer need.
             shared = mlir.address(ring, mlir.SHARED)
-            row = arith.addi(mlir.times(mlir.to_index(team), grid.team_rows), place.row)
+            row = arith.addi(mlir.times(mlir.to_index(team), grid.turn_rows), place.row)
             begin = mlir.times(arith.addi(mlir.times(row, width), place.column), _FLOAT_BYTES)
             size = rows * width * _FLOAT_BYTES
             nvvm.cp_async_wait_group(0)
@@ -578,10 +602,10 @@ class Walk:
             mlir.when(there, functools.partial(mlir.store, register, here))
 
 
-def _place(grid: Grid, row: Any, first: Any) -> _Place:
+def _place(grid: Grid, row: Any, first: Any, turn: int = 0) -> _Place:
     warp, lane = mlir.thread()
     warp = arith.remui(warp, mlir.index(WARPS))
-    row = mlir.index(0) if row is None else mlir.to_index(row)
+    row = mlir.index(0) if row is None else mlir.plus(mlir.to_index(row), turn * grid.turn_rows)
     part = arith.addi(mlir.to_index(first), warp)
     lanes = LANES // grid.side
     if grid.side > 1:
@@ -625,9 +649,10 @@ class SimulatedWalk:
         count = (self.grid.tiles - self.block + self.grid.blocks - 1) // self.grid.blocks
         return lax.fori_loop(0, count, tile, carry)
 
-    def _rows(self, i: Array) -> Any:
-        tile = jnp.minimum(self.block + i * self.grid.blocks, self.grid.tiles - 1)
-        return pl.ds(tile * self.grid.tile_rows, self.grid.tile_rows)
+    def _rows(self, i: Array, turn: int) -> Any:
+        grid = self.grid
+        tile = jnp.minimum(self.block + i * grid.blocks, grid.tiles - 1)
+        return pl.ds(tile * grid.tile_rows + turn * grid.turn_rows, grid.turn_rows)
 
     def spread(self, values: Array) -> Array:
         return jnp.broadcast_to(values[:, None], self.grid.block)
@@ -635,11 +660,11 @@ class SimulatedWalk:
     def zeros(self) -> Array:
         return jnp.zeros(self.grid.block)
 
-    def tile(self, i: Array) -> list[Array]:
-        return [ref[self._rows(i)].reshape(self.grid.block).astype(jnp.float32) for ref in self.sources]
+    def tile(self, i: Array, turn: int) -> list[Array]:
+        return [ref[self._rows(i, turn)].reshape(self.grid.block).astype(jnp.float32) for ref in self.sources]
 
-    def store(self, ref: Any, i: Array, value: Array) -> None:
-        ref[self._rows(i)] = value.astype(ref.dtype).reshape(ref[self._rows(i)].shape)
+    def store(self, ref: Any, i: Array, turn: int, value: Array) -> None:
+        ref[self._rows(i, turn)] = value.astype(ref.dtype).reshape(ref[self._rows(i, turn)].shape)
 
     def columns(self, ref: Any) -> Array:
         height = self.grid.config.warps if self.grid.shared else 1
@@ -657,12 +682,15 @@ class SimulatedWalk:
         counts = jnp.clip(self.grid.columns - parts * self.grid.part, 1, self.grid.part)
         return 1 / counts.astype(jnp.float32)
 
-    def load_numbers(self, refs: Sequence[Any], i: Array) -> list[Array]:
-        return [jnp.broadcast_to(ref[self._rows(i)], self.grid.block[:1]) for ref in refs]
+    def load_numbers(self, refs: Sequence[Any], i: Array, turn: int) -> list[Array]:
+        return [jnp.broadcast_to(ref[self._rows(i, turn)], self.grid.block[:1]) for ref in refs]
 
-    def store_numbers(self, refs: Sequence[Any], i: Array, values: Sequence[Array]) -> None:
+    def store_numbers(self, refs: Sequence[Any], i: Array, turn: int, values: Sequence[Array]) -> None:
         for ref, value in zip(refs, values, strict=True):
-            ref[self._rows(i)] = value[: self.grid.tile_rows]
+            ref[self._rows(i, turn)] = value[: self.grid.turn_rows]
+
+    def product(self, a: Array, b: Any) -> Array:
+        return a * b
 
     def exchange(self, i: Array, *values: Array) -> list[list[Array]]:
         del i
