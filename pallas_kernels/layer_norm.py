@@ -120,9 +120,8 @@ def layer_norm_choice(
     """
     _check(x, scale, bias, residual)
     arrays = [a for a in (x, scale, bias, residual) if a is not None]
-    streams = 1 if residual is None else 2
-    choice = dispatch.choose("layer_norm", implementation, arrays, unserved=unserved("forward", x, streams))
-    if choice.implementation != "xla" and (why := unserved("backward", x, streams + 1)):
+    choice = dispatch.choose("layer_norm", implementation, arrays, unserved=unserved("forward", x))
+    if choice.implementation != "xla" and (why := unserved("backward", x)):
         return dataclasses.replace(choice, why=f"{choice.why}; the backward pass is XLA's: {why}")
     return choice
 
@@ -175,7 +174,7 @@ def _fwd(
 def _bwd(epsilon: float, implementation: str, saved: Any, cotangents: tuple[Array, Array | None]) -> tuple[Any, ...]:
     x, scale, like_bias, statistics = saved
     dtypes = [None if a is None else a.dtype for a in (scale, like_bias)]
-    if implementation == "xla" or unserved("backward", x, 2 if cotangents[1] is None else 3):
+    if implementation == "xla" or unserved("backward", x):
         columns = [a.reshape(*x.shape[:-1], 1) for a in statistics]
         dx, *sums = _reference_backward(x, *cotangents, scale, columns)
         sums = [None if dtype is None else a.astype(dtype) for a, dtype in zip(sums, dtypes, strict=True)]

@@ -24,51 +24,100 @@ from jaxlib.mlir.dialects import gpu
 from pallas_kernels import dispatch, mlir
 from pallas_kernels.dispatch import plgpu
 from pallas_kernels.mlir import LANES, WARPS
-from pallas_kernels.rows import SHARED_BYTES, Config, Grid, SimulatedWalk, Walk
+from pallas_kernels.rows import PROCESSORS, SHARED_BYTES, Config, Grid, SimulatedWalk
+from pallas_kernels.walk import Walk
 
 Array = jax.Array
 
 
-def config_for(kind: str, n: int, itemsize: int, streams: int) -> Config:
-    """The launch of rows of n elements.
+# The longest rows served: 16 blocks in a cluster, whose threads hold 64 elements, or 16 and their two sums.
+_LONGEST = {"forward": 16 * 16384, "backward": 16 * 8192}
 
-    Only n and the dtype count, never the number of rows, so a row's result does not depend on its neighbours.
+
+def config_for(kind: str, rows: int, n: int, itemsize: int, streams: int) -> Config:
+    """The launch that was fastest on an H200 for rows like these (benchmarks/results/layer-norm-nvidia-h200.md).
+
+    The number of rows decides how many a block takes, and not how a row lies over threads: its result does not depend
+    on its neighbours.
 
     Args:
       kind: "forward" or "backward".
+      rows: How many rows there are.
       n: Elements of a row.
       itemsize: Bytes of an element.
       streams: Arrays that a tile is copied from.
+
+    Example:
+      >>> config_for("backward", 65536, 8192, 2, 2)
+      Config(warps=16, warpgroups=4, cluster=1, stages=3, blocks=1, hold=True, again=False, turns=1)
     """
-    backward = kind == "backward"
-    if n <= 1024:
-        config = Config(warps=1, warpgroups=3, stages=4, again=backward)
-    elif n <= 4096:
-        config = Config(warps=4, warpgroups=3, stages=4, again=backward)
-    elif n <= 8192:
-        config = Config(warps=16, warpgroups=4, stages=4)
-    elif n <= 16384 and not backward:
-        config = Config(warps=16, warpgroups=4, stages=3, hold=False)
-    else:
-        cluster = min(16, 1 << math.ceil(math.log2(n / 8192)))
-        config = Config(warps=16 * cluster, warpgroups=4, cluster=cluster, stages=4)
-    grid = Grid(1, n, itemsize, config)
-    if grid.vector_bytes < 4:  # asynchronous copies are of 4, 8 or 16 bytes
-        return dataclasses.replace(config, stages=0)
-    while config.stages > 2 and Grid(1, n, itemsize, config).ring_bytes(streams) > SHARED_BYTES:
-        config = dataclasses.replace(config, stages=config.stages - 1)
+    config = _backward_config(n, itemsize) if kind == "backward" else _forward_config(rows, n, itemsize)
+    if Grid(rows, n, itemsize, config).vector_bytes < 4:  # asynchronous copies are of 4, 8 or 16 bytes
+        return dataclasses.replace(config, stages=0, again=False, turns=1)
+    while (grid := Grid(rows, n, itemsize, config)).ring_bytes(streams) > SHARED_BYTES:
+        if config.stages > 2:
+            config = dataclasses.replace(config, stages=config.stages - 1)
+        elif config.turns > 1:
+            config = dataclasses.replace(config, turns=1)
+        elif grid.teams > 1:
+            config = dataclasses.replace(config, warpgroups=config.warpgroups - grid.group)
+        else:
+            config = dataclasses.replace(config, stages=config.stages - 1)
     return config
 
 
-def unserved(kind: str, x: Any, streams: int) -> str | None:
+def _forward_config(rows: int, n: int, itemsize: int) -> Config:
+    """Many small blocks: those of few rows balance best over processors that are not all equally far from memory."""
+    tiles = rows / (4 * PROCESSORS if n <= 1024 else PROCESSORS)  # of a processor
+    direct = Config(warps=1 if n <= 1024 else 4, warpgroups=4 if n <= 1024 else 1, stages=0, blocks=10**6, hold=False)
+    if itemsize > 2 and 1024 < n <= 16384:
+        return direct
+    if n <= 256:
+        return Config(warps=1, stages=3, blocks=24, turns=2)
+    if n <= 1024:
+        if itemsize > 2 and tiles >= 48:
+            return direct
+        return Config(warps=1, stages=2, blocks=3 if tiles < 24 else min(48, int(tiles / 2.6)))
+    if n <= 2048:
+        return Config(warps=4, stages=3, blocks=6 if tiles < 120 else 24)
+    if n <= 4096:
+        return Config(warps=4, stages=2, blocks=3) if tiles < 120 else Config(warps=4, stages=3, blocks=24)
+    if n <= 8192:
+        return Config(warps=4, stages=3, blocks=max(2, min(24, int(tiles / 5))))
+    cluster = 1 << max(0, math.ceil(math.log2(n / 16384)))
+    return Config(warps=8 * cluster, warpgroups=2, cluster=cluster, stages=2, blocks=4 if tiles >= 48 else 1)
+
+
+def _backward_config(n: int, itemsize: int) -> Config:
+    """As few blocks as there may be: each writes its sums over rows."""
+    narrow = itemsize == 2
+    if n <= 256:
+        return Config(warps=1, warpgroups=4, stages=3, turns=2 if narrow else 1)
+    if n <= 512:
+        return Config(warps=1, warpgroups=4, stages=3)
+    if n <= 1024:
+        return Config(warps=4, warpgroups=3, stages=3, blocks=2) if narrow else Config(warps=4, warpgroups=4, stages=5)
+    if n <= 2048:
+        return Config(warps=4, warpgroups=4, stages=3, again=True) if narrow else Config(warps=8, warpgroups=4, stages=4)
+    if n <= 4096:
+        return Config(warps=8, warpgroups=4, stages=3, again=True) if narrow else Config(warps=16, warpgroups=4, stages=3)
+    if n <= 8192:
+        return Config(warps=16, warpgroups=4, stages=4) if narrow else Config(warps=8, warpgroups=2, stages=3)
+    cluster = 1 << math.ceil(math.log2(n / 8192))
+    if narrow:
+        return Config(warps=16 * cluster, warpgroups=4, cluster=cluster, stages=2, again=True, turns=2)
+    return Config(warps=8 * cluster, warpgroups=2, cluster=cluster, stages=2)
+
+
+def unserved(kind: str, x: Any) -> str | None:
     """Why a pass's kernel cannot take rows like x's, or None."""
     n, dtype = jnp.shape(x)[-1], jnp.result_type(x)
     if dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
         return f"the kernel takes float32, bfloat16 and float16, not {dtype}"
     if 0 in jnp.shape(x):
         return "there is nothing to normalise"
-    if n < 2:
-        return "the kernel takes rows of 2 elements and more"
+    if not 2 <= n <= _LONGEST[kind]:
+        return f"the kernel takes rows of 2 to {_LONGEST[kind]} elements, not of {n}"
     return None
 
 
@@ -172,7 +221,8 @@ def forward_kernel(
 ) -> tuple[Array, Array | None, Array]:
     """y, the sum with the residual if there is one, and of each row the mean, what it lacks, and rstd: float32."""
     sources = [x] if residual is None else [x, residual]
-    config = config or config_for("forward", x.shape[-1], x.dtype.itemsize, len(sources))
+    n = x.shape[-1]
+    config = config or config_for("forward", x.size // n, n, x.dtype.itemsize, len(sources))
     weights = [w for w in (scale, bias) if w is not None]
 
     def body(walk: Any, weight_refs: Sequence[Any], outs: Sequence[Any]) -> None:
@@ -232,7 +282,7 @@ def backward_kernel(
     """dx in x's dtype; dscale and dbias in these dtypes, or None where the dtype is."""
     sources = [x, dy] if dtotal is None else [x, dy, dtotal]
     n = x.shape[-1]
-    config = config or config_for("backward", n, x.dtype.itemsize, len(sources))
+    config = config or config_for("backward", x.size // n, n, x.dtype.itemsize, len(sources))
     wanted = [k for k, dtype in enumerate(dtypes) if dtype is not None]
 
     def body(walk: Any, number_refs: Sequence[Any], weight_refs: Sequence[Any], outs: Sequence[Any]) -> None:
