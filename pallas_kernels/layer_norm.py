@@ -19,12 +19,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import dispatch
-from pallas_kernels.layer_norm_rows import backward_kernel, forward_kernel, unserved, varying_like
+from pallas_kernels.layer_norm_rows import Statistics, backward_kernel, forward_kernel, unserved
+from pallas_kernels.rows import varying_like
 
 Array = jax.Array
-# Of each row: its mean, what that lacks of the row's true mean (the rounding of numbers far from zero), and
-# 1 / sqrt(variance + epsilon); float32.
-Statistics = tuple[Array, Array, Array]
 
 
 def bytes_moved(x: Any, *, residual: bool = False) -> dict[str, int]:
@@ -176,11 +174,11 @@ def _bwd(epsilon: float, implementation: str, saved: Any, cotangents: tuple[Arra
     dtypes = [None if a is None else a.dtype for a in (scale, like_bias)]
     if implementation == "xla" or unserved("backward", x):
         columns = [a.reshape(*x.shape[:-1], 1) for a in statistics]
-        dx, *sums = _reference_backward(x, *cotangents, scale, columns)
-        sums = [None if dtype is None else a.astype(dtype) for a, dtype in zip(sums, dtypes, strict=True)]
+        dx, *wide = _reference_backward(x, *cotangents, scale, columns)
+        dscale, dbias = (None if dtype is None else a.astype(dtype) for a, dtype in zip(wide, dtypes, strict=True))
     else:
-        dx, *sums = backward_kernel(x, *cotangents, scale, statistics, dtypes, implementation=implementation)
-    return dx, *sums, None if cotangents[1] is None else dx
+        dx, dscale, dbias = backward_kernel(x, *cotangents, scale, statistics, dtypes, implementation=implementation)
+    return dx, dscale, dbias, None if cotangents[1] is None else dx
 
 
 _layer_norm.defvjp(_fwd, _bwd)
@@ -195,8 +193,10 @@ def _reference(
     rows = (x if total is None else total).astype(wide)
     mean = jnp.mean(rows, -1, keepdims=True)
     centred = rows - mean
-    rest = jnp.mean(centred, -1, keepdims=True)
-    centred -= rest
+    rest = jnp.zeros_like(mean)
+    if x.dtype.itemsize > 2:  # the mean's rounding is less than that of such numbers
+        rest = jnp.mean(centred, -1, keepdims=True)
+        centred -= rest
     rstd = lax.rsqrt(jnp.mean(centred * centred, -1, keepdims=True) + epsilon)
     y = centred * rstd
     if scale is not None:

@@ -8,7 +8,6 @@ over rows, dscale and dbias, in registers all the way; a second small kernel add
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -16,18 +15,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental.mosaic import gpu as mgpu
-from jax.extend.mlir import ir
-from jax.extend.mlir.dialects import arith, vector
-from jaxlib.mlir.dialects import gpu
 
-from pallas_kernels import dispatch, mlir
-from pallas_kernels.dispatch import plgpu
-from pallas_kernels.mlir import LANES, WARPS
-from pallas_kernels.rows import PROCESSORS, SHARED_BYTES, Config, Grid, SimulatedWalk
-from pallas_kernels.walk import Walk
+from pallas_kernels.column_sums import column_sums
+from pallas_kernels.rows import PROCESSORS, SHARED_BYTES, Config, Grid
+from pallas_kernels.walk import launch
 
 Array = jax.Array
+# Of each row: its mean, what that lacks of the true one (the rounding of numbers far from zero), and
+# 1 / sqrt(variance + epsilon); float32.
+Statistics = tuple[Array, Array, Array]
 
 
 # The longest rows served: 16 blocks in a cluster, whose threads hold 64 elements, or 16 and their two sums.
@@ -49,7 +45,7 @@ def config_for(kind: str, rows: int, n: int, itemsize: int, streams: int) -> Con
 
     Example:
       >>> config_for("backward", 65536, 8192, 2, 2)
-      Config(warps=16, warpgroups=4, cluster=1, stages=3, blocks=1, hold=True, again=False, turns=1)
+      Config(warps=16, warpgroups=4, cluster=1, stages=4, blocks=1, hold=True, again=False, turns=1)
     """
     config = _backward_config(n, itemsize) if kind == "backward" else _forward_config(rows, n, itemsize)
     if Grid(rows, n, itemsize, config).vector_bytes < 4:  # asynchronous copies are of 4, 8 or 16 bytes
@@ -98,9 +94,13 @@ def _backward_config(n: int, itemsize: int) -> Config:
     if n <= 1024:
         return Config(warps=4, warpgroups=3, stages=3, blocks=2) if narrow else Config(warps=4, warpgroups=4, stages=5)
     if n <= 2048:
-        return Config(warps=4, warpgroups=4, stages=3, again=True) if narrow else Config(warps=8, warpgroups=4, stages=4)
+        return (
+            Config(warps=4, warpgroups=4, stages=3, again=True) if narrow else Config(warps=8, warpgroups=4, stages=4)
+        )
     if n <= 4096:
-        return Config(warps=8, warpgroups=4, stages=3, again=True) if narrow else Config(warps=16, warpgroups=4, stages=3)
+        return (
+            Config(warps=8, warpgroups=4, stages=3, again=True) if narrow else Config(warps=16, warpgroups=4, stages=3)
+        )
     if n <= 8192:
         return Config(warps=16, warpgroups=4, stages=4) if narrow else Config(warps=8, warpgroups=2, stages=3)
     cluster = 1 << math.ceil(math.log2(n / 8192))
@@ -119,20 +119,6 @@ def unserved(kind: str, x: Any) -> str | None:
     if not 2 <= n <= _LONGEST[kind]:
         return f"the kernel takes rows of 2 to {_LONGEST[kind]} elements, not of {n}"
     return None
-
-
-def varying_like(x: Array, a: Array) -> Array:
-    """Marks what all devices of a `shard_map` have as x is: so the gradient is summed over them, by the transpose."""
-    axes = _varying(x) - _varying(a)
-    return lax.pcast(a, tuple(sorted(axes)), to="varying") if axes else a
-
-
-def _varying(a: Array) -> frozenset[str]:
-    """The mesh axes over which devices have different values of an array, inside a `shard_map` that keeps count."""
-    kind = jax.typeof(a)
-    if (manual := getattr(kind, "manual_axis_type", None)) is not None:  # jax >= 0.11
-        return manual.varying
-    return getattr(kind, "vma", frozenset())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,14 +204,14 @@ def forward_kernel(
     epsilon: float,
     implementation: str,
     config: Config | None = None,
-) -> tuple[Array, Array | None, Array]:
+) -> tuple[Array, Array | None, Statistics]:
     """y, the sum with the residual if there is one, and of each row the mean, what it lacks, and rstd: float32."""
     sources = [x] if residual is None else [x, residual]
     n = x.shape[-1]
     config = config or config_for("forward", x.size // n, n, x.dtype.itemsize, len(sources))
     weights = [w for w in (scale, bias) if w is not None]
 
-    def body(walk: Any, weight_refs: Sequence[Any], outs: Sequence[Any]) -> None:
+    def body(walk: Any, _: Any, weight_refs: Sequence[Any], outs: Sequence[Any]) -> None:
         *ys, mean_out, rest_out, rstd_out = outs
         held = [walk.columns(w) for w in weight_refs] if config.hold else None
 
@@ -251,7 +237,7 @@ def forward_kernel(
 
         walk.over_tiles(tile, None)
 
-    *ys, mean, rest, rstd = _launch(
+    *ys, mean, rest, rstd = launch(
         "zerojax_layer_norm",
         body,
         config,
@@ -327,7 +313,7 @@ def backward_kernel(
         if wanted:
             walk.store_sums(sum_outs, sums)
 
-    dx, *slabs = _launch(
+    dx, *slabs = launch(
         "zerojax_layer_norm_backward",
         body,
         config,
@@ -340,151 +326,8 @@ def backward_kernel(
         values=2,
         implementation=implementation,
     )
-    sums = iter(_finish(slabs, [dtypes[k] for k in wanted], implementation) if slabs else [])
-    return dx.reshape(x.shape), *(None if dtype is None else next(sums) for dtype in dtypes)
-
-
-def _launch(
-    name: str,
-    body: Any,
-    config: Config,
-    sources: Sequence[Array],
-    numbers: Sequence[Array],
-    weights: Sequence[Array],
-    *,
-    rows_out: Sequence[Any],
-    numbers_out: int,
-    sums_out: int,
-    values: int,
-    implementation: str,
-) -> list[Array]:
-    """Walks over rows of `sources`; results are rows, numbers a row, and sums over a block's rows, in this order."""
-    simulated = implementation == "interpret"
-    if simulated:  # by one team of one warpgroup
-        config = dataclasses.replace(config, warps=min(config.warps, WARPS), warpgroups=1, cluster=1)
-    n = sources[0].shape[-1]
-    grid = Grid(sources[0].size // n, n, sources[0].dtype.itemsize, config)
-    sources = [a.reshape(grid.rows, n) for a in sources]
-    numbers = [a.reshape(grid.rows) for a in numbers]
-    rows, columns = grid.rows, n
-    if simulated:
-        rows, columns = grid.tiles * grid.tile_rows, grid.part * config.warps
-        more = (0, rows - grid.rows), (0, columns - n)
-        sources = [jnp.pad(a, more) for a in sources]
-        numbers = [jnp.pad(a, more[:1]) for a in numbers]
-        weights = [jnp.pad(a, more[1:]) for a in weights]
-    sums_bytes = grid.sums_bytes * sums_out
-    ring_bytes = max(16, grid.ring_bytes(len(sources)), sums_bytes)
-
-    def kernel(*refs: Any) -> None:
-        split = [len(sources), len(numbers), len(weights), len(rows_out) + numbers_out + sums_out]
-        source_refs, number_refs, weight_refs, outs, scratch = _split(refs, *split)
-        walk = SimulatedWalk(grid, source_refs) if simulated else Walk(grid, source_refs, *scratch)
-        body(walk, *([number_refs] if numbers else []), weight_refs, outs)
-
-    kinds: dict[str, Any] = {}
-    if not simulated:
-        kinds["scratch_types"] = [plgpu.SMEM((ring_bytes,), jnp.int8), plgpu.SMEM((values * config.turns * grid.slots,), jnp.float32)]
-        if config.cluster > 1:
-            kinds |= {"cluster": (config.cluster,), "cluster_names": ("cluster",)}
-        if config.warpgroups > 1:
-            kinds |= {"num_threads": config.warpgroups, "thread_name": "warpgroup"}
-    results = plgpu.kernel(
-        kernel,
-        out_type=[
-            *[jax.ShapeDtypeStruct((rows, columns), dtype) for dtype in rows_out],
-            *[jax.ShapeDtypeStruct((rows,), jnp.float32)] * numbers_out,
-            *[jax.ShapeDtypeStruct((grid.blocks, columns), jnp.float32)] * sums_out,
-        ],
-        grid=(grid.blocks,),
-        grid_names=("block",),
-        kernel_name=name,
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
-        interpret=dispatch.interpret_params(implementation),
-        **kinds,
-    )(*sources, *numbers, *weights)
-    if simulated:
-        many = len(rows_out)
-        numbers = [a[: grid.rows] for a in results[many : many + numbers_out]]
-        results = [*[a[: grid.rows, :n] for a in results[:many]], *numbers, *[a[:, :n] for a in results[many + numbers_out :]]]
-    return [varying_like(sources[0], a) for a in results]
-
-
-def _finish(slabs: Sequence[Array], dtypes: Sequence[Any], implementation: str) -> list[Array]:
-    """The sums over the rows of each of `slabs`, float32[blocks, n], in these dtypes: one launch for all."""
-    blocks, n = slabs[0].shape
-    if implementation == "interpret":
-        return [jnp.sum(a, 0).astype(dtype) for a, dtype in zip(slabs, dtypes, strict=True)]
-    warpgroups = 4
-    warps = warpgroups * WARPS
-
-    def kernel(*refs: Any) -> None:
-        which, chunk = lax.axis_index("which"), lax.axis_index("chunk")
-
-        @plgpu.inline_mgpu(arg_types=(*[plgpu.RefType()] * len(refs), plgpu.Layout.WG_SPLAT, plgpu.Layout.WG_SPLAT))
-        def run(_: Any, *args: Any) -> None:
-            slabs, outs, (scratch, which, chunk) = args[: len(dtypes)], args[len(dtypes) : -3], args[-3:]
-            warp, lane = mlir.thread()
-            column = arith.addi(mlir.times(mlir.to_index(chunk), LANES), lane)
-            one, zero = ir.VectorType.get((1,), ir.F32Type.get()), mgpu.c(0.0, ir.F32Type.get())
-            zero = vector.broadcast(one, zero)
-            column_there = None if n % LANES == 0 else mlir.less(column, n)
-            shared = mlir.address(scratch, mlir.SHARED)
-            mine = mlir.times(mlir.plus(mlir.times(warp, LANES), 0), 4)
-            mine = arith.addi(mine, mlir.times(lane, 4))
-            first = mlir.times(arith.addi(mlir.times(warp, n), column), 4)
-            for k, (slab, out) in enumerate(zip(slabs, outs, strict=True)):
-
-                def add_up(slab: ir.Value = slab, out: ir.Value = out) -> None:
-                    begin = mlir.at(mlir.address(slab, mlir.GLOBAL), first)
-                    found = []
-                    for row in range(0, blocks, warps):
-                        row_there = None if row + warps <= blocks else mlir.less(mlir.plus(warp, row), blocks)
-                        read = functools.partial(mlir.load, one, mlir.at(begin, row * n * 4))
-                        found.append(mlir.when(mlir.every(column_there, row_there), read, zero))
-                    mlir.store(_tree_of(found), mlir.at(shared, mine))
-                    gpu.barrier()
-
-                    def last() -> None:
-                        parts = [mlir.load(one, mlir.at(mlir.at(shared, mine), w * LANES * 4)) for w in range(warps)]
-                        total = _tree_of(parts)
-                        element = ir.MemRefType(out.type).element_type
-                        if element != ir.F32Type.get():
-                            total = arith.truncf(ir.VectorType.get((1,), element), total)
-                        here = mlir.at(mlir.address(out, mlir.GLOBAL), mlir.times(column, mgpu.bytewidth(element)))
-                        mlir.store(total, here)
-
-                    mlir.when(mlir.every(mlir.equal(warp, 0), column_there), last)
-
-                mlir.when(mlir.equal(mlir.to_index(which), k), add_up)
-
-        run(*refs, which, chunk)
-
-    results = plgpu.kernel(
-        kernel,
-        out_type=[jax.ShapeDtypeStruct((n,), dtype) for dtype in dtypes],
-        grid=(len(slabs), math.ceil(n / LANES)),
-        grid_names=("which", "chunk"),
-        kernel_name="zerojax_layer_norm_sums",
-        num_threads=warpgroups,
-        thread_name="warpgroup",
-        scratch_types=[plgpu.SMEM((warps * LANES,), jnp.float32)],
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
-    )(*slabs)
-    return [varying_like(slabs[0], a) for a in results]
-
-
-def _tree_of(values: Sequence[ir.Value]) -> ir.Value:
-    if len(values) == 1:
-        return values[0]
-    half = len(values) // 2
-    return arith.addf(_tree_of(values[:half]), _tree_of(values[half:]))
-
-
-def _split(refs: Sequence[Any], *sizes: int) -> list[Sequence[Any]]:
-    """Consecutive parts of these sizes, and what is left."""
-    parts = []
-    for size in sizes:
-        parts.append(refs[:size])
-        refs = refs[size:]
-    return [*parts, refs]
+    sums = iter(
+        column_sums("zerojax_layer_norm_sums", slabs, [dtypes[k] for k in wanted], implementation) if slabs else []
+    )
+    dscale, dbias = (None if dtype is None else next(sums) for dtype in dtypes)
+    return dx.reshape(x.shape), dscale, dbias

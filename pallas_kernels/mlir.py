@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from jax.experimental.mosaic import gpu as mgpu
@@ -27,6 +27,7 @@ def index(n: int) -> ir.Value:
 
 
 def int32(n: int) -> ir.Value:
+    """A constant of 32 bits."""
     return mgpu.c(n, ir.IntegerType.get_signless(32))
 
 
@@ -36,18 +37,22 @@ def to_index(x: Any) -> ir.Value:
 
 
 def to_int32(x: ir.Value) -> ir.Value:
+    """An index as an integer of 32 bits."""
     return arith.index_cast(ir.IntegerType.get_signless(32), x)
 
 
 def plus(x: ir.Value, n: int) -> ir.Value:
+    """x + n."""
     return arith.addi(x, mgpu.c(n, x.type)) if n else x
 
 
 def times(x: ir.Value, n: int) -> ir.Value:
+    """x * n."""
     return arith.muli(x, mgpu.c(n, x.type))
 
 
 def less(a: ir.Value, b: ir.Value | int) -> ir.Value:
+    """Whether a < b."""
     return arith.cmpi(arith.CmpIPredicate.slt, a, b if isinstance(b, ir.Value) else mgpu.c(b, a.type))
 
 
@@ -64,6 +69,7 @@ def either(*conditions: ir.Value | None) -> ir.Value | None:
 
 
 def negate(condition: ir.Value) -> ir.Value:
+    """Whether it does not hold."""
     return arith.xori(condition, mgpu.c(1, condition.type))
 
 
@@ -95,7 +101,18 @@ def vector_bytes(kind: ir.Type) -> int:
 
 
 def equal(a: ir.Value, b: ir.Value | int) -> ir.Value:
+    """Whether a == b."""
     return arith.cmpi(arith.CmpIPredicate.eq, a, b if isinstance(b, ir.Value) else mgpu.c(b, a.type))
+
+
+def floats(many: int) -> ir.Type:
+    """The type of a vector of float32."""
+    return ir.VectorType.get((many,), ir.F32Type.get())
+
+
+def zeros(kind: ir.Type) -> ir.Value:
+    """Of a vector type, of floats."""
+    return vector.broadcast(kind, mgpu.c(0.0, ir.VectorType(kind).element_type))
 
 
 def address(ref: ir.Value, space: int) -> ir.Value:

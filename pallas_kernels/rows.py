@@ -256,3 +256,17 @@ class SimulatedWalk:
     def store_sums(self, refs: Sequence[Any], values: Sequence[Array]) -> None:
         for ref, value in zip(refs, values, strict=True):
             ref[self.block] = value.reshape(-1) if self.grid.shared else jnp.sum(value, 0)
+
+
+def varying_like(x: Array, a: Array) -> Array:
+    """Marks what all devices of a `shard_map` have as x is: so the gradient is summed over them, by the transpose."""
+    axes = _varying(x) - _varying(a)
+    return lax.pcast(a, tuple(sorted(axes)), to="varying") if axes else a
+
+
+def _varying(a: Array) -> frozenset[str]:
+    """The mesh axes over which devices have different values of an array, inside a `shard_map` that keeps count."""
+    kind = jax.typeof(a)
+    if (manual := getattr(kind, "manual_axis_type", None)) is not None:  # jax >= 0.11
+        return manual.varying
+    return getattr(kind, "vma", frozenset())

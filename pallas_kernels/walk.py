@@ -18,10 +18,10 @@ from jax.extend.mlir.dialects import arith, vector
 from jaxlib.mlir.dialects import gpu
 from jaxlib.mlir.dialects import nvvm as _nvvm
 
-from pallas_kernels import mlir
+from pallas_kernels import dispatch, mlir
 from pallas_kernels.dispatch import plgpu
 from pallas_kernels.mlir import LANES, WARPS
-from pallas_kernels.rows import FLOAT_BYTES, Grid
+from pallas_kernels.rows import FLOAT_BYTES, Config, Grid, SimulatedWalk, varying_like
 
 Array = jax.Array
 nvvm: Any = _nvvm
@@ -96,7 +96,7 @@ class Walk:
                 for s, source in enumerate(sources):
                     begin = mlir.at(mlir.address(source, mlir.GLOBAL), _offset(grid, place, grid.itemsize))
                     for j, kept in enumerate(place.kept):
-                        there = mlir.every(mlir.less(place.row, grid.rows), kept)
+                        there: Any = mlir.every(mlir.less(place.row, grid.rows), kept)
                         nvvm.cp_async_shared_global(
                             mlir.at(slot, self._stored(s, j)),
                             mlir.at(begin, j * grid.span * grid.itemsize),
@@ -127,9 +127,7 @@ class Walk:
         layout = grid.layout.to_mgpu()
         kinds = tuple(plgpu.ShapeDtypeStruct(grid.block, a.dtype, layout=grid.layout) for a in self.sources)
 
-        @plgpu.inline_mgpu(
-            arg_types=(*[_REF] * (1 + len(self.sources)), *[_SCALAR] * 3), return_type=kinds
-        )
+        @plgpu.inline_mgpu(arg_types=(*[_REF] * (1 + len(self.sources)), *[_SCALAR] * 3), return_type=kinds)
         def run(_: Any, *args: Any) -> tuple[Any, ...]:
             *sources, ring, row, first, i = args
             place = _place(grid, row, first)
@@ -138,8 +136,7 @@ class Walk:
                 slot = self._slot(ring, i, turn)
             results = []
             for s, source in enumerate(sources):
-                element = ir.MemRefType(source.type).element_type
-                kind = layout.registers_element_type(element)
+                kind = layout.registers_element_type(ir.MemRefType(source.type).element_type)
                 begin = mlir.at(mlir.address(source, mlir.GLOBAL), _offset(grid, place, grid.itemsize))
                 registers = np.empty(layout.registers_shape(grid.block), dtype=object)
                 for j, kept in enumerate(place.kept):
@@ -147,9 +144,8 @@ class Walk:
                         registers.flat[j] = mlir.load(kind, mlir.at(slot, self._stored(s, j)))
                     else:
                         there = mlir.every(mlir.less(place.row, grid.rows), kept)
-                        here = mlir.at(begin, j * grid.span * grid.itemsize)
-                        zero = vector.broadcast(kind, mgpu.c(0.0, element))
-                        registers.flat[j] = mlir.when(there, functools.partial(mlir.load, kind, here), zero)
+                        read = functools.partial(mlir.load, kind, mlir.at(begin, j * grid.span * grid.itemsize))
+                        registers.flat[j] = mlir.when(there, read, mlir.zeros(kind))
                 results.append(mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None))
             return tuple(results)
 
@@ -163,7 +159,6 @@ class Walk:
         def run(_: Any, ref: ir.Value, value: Any, row: Any, first: Any) -> None:
             place = _place(grid, row, first)
             begin = mlir.at(mlir.address(ref, mlir.GLOBAL), _offset(grid, place, grid.itemsize))
-
             row_there = None if grid.rows % grid.tile_rows == 0 else mlir.less(place.row, grid.rows)
             for j, (kept, register) in enumerate(zip(place.kept, value.registers.flat, strict=True)):
                 mlir.store_where(mlir.every(row_there, kept), register, mlir.at(begin, j * grid.span * grid.itemsize))
@@ -185,10 +180,9 @@ class Walk:
             width = mgpu.bytewidth(element)
             begin = mlir.at(mlir.address(ref, mlir.GLOBAL), mlir.times(place.column, width))
             registers = np.empty(layout.registers_shape(grid.block), dtype=object)
-            zero = vector.broadcast(kind, mgpu.c(0.0, element))
             for j, kept in enumerate(place.kept):
-                here = mlir.at(begin, j * grid.span * width)
-                registers.flat[j] = mlir.when(kept, functools.partial(mlir.load, kind, here), zero)
+                read = functools.partial(mlir.load, kind, mlir.at(begin, j * grid.span * width))
+                registers.flat[j] = mlir.when(kept, read, mlir.zeros(kind))
             return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
 
         return run(ref, self.first).astype(jnp.float32)
@@ -207,8 +201,9 @@ class Walk:
             registers = np.empty_like(value.registers)
             place = _place(grid, None, first)
             for j, (kept, register) in enumerate(zip(place.kept, value.registers.flat, strict=True)):
-                zero = vector.broadcast(register.type, mgpu.c(0.0, value.mlir_dtype))
-                registers.flat[j] = register if kept is None else arith.select(kept, register, zero)
+                registers.flat[j] = (
+                    register if kept is None else arith.select(kept, register, mlir.zeros(register.type))
+                )
             return mgpu.FragmentedArray(_registers=registers, _layout=value.layout, _is_signed=None)
 
         return run(value, self.first)
@@ -275,12 +270,11 @@ class Walk:
         )
         def run(_: Any, *args: Any) -> tuple[Any, ...]:
             *refs, row, first = args
-            place, results = _place(grid, row, first), []
-            one, zero = ir.VectorType.get((1,), ir.F32Type.get()), mgpu.c(0.0, ir.F32Type.get())
+            place, one = _place(grid, row, first), mlir.floats(1)
+            there, results = mlir.less(place.row, grid.rows), []
             for ref in refs:
                 here = mlir.at(mlir.address(ref, mlir.GLOBAL), mlir.times(place.row, FLOAT_BYTES))
-                there = mlir.less(place.row, grid.rows)
-                value = mlir.when(there, functools.partial(mlir.load, one, here), vector.broadcast(one, zero))
+                value = mlir.when(there, functools.partial(mlir.load, one, here), mlir.zeros(one))
                 results.append(self._number(vector.extract(value, [], [0])))
             return tuple(results)
 
@@ -292,16 +286,12 @@ class Walk:
         many = len(refs)
 
         @plgpu.inline_mgpu(
-            arg_types=(
-                *[_REF] * many, *[grid.numbers] * many, _SCALAR, _SCALAR
-            )
-        )  # fmt: skip
+            arg_types=(*[_REF] * many, *[grid.numbers] * many, _SCALAR, _SCALAR),
+        )
         def run(_: Any, *args: Any) -> None:
             row, first = args[2 * many :]
             place = _place(grid, row, first)
-            mine = mlir.equal(place.lane, 0)
-            if grid.shared:
-                mine = mlir.every(mine, mlir.equal(place.part, 0))
+            mine = mlir.every(mlir.equal(place.lane, 0), mlir.equal(place.part, 0) if grid.shared else None)
 
             def write() -> None:
                 for ref, value in zip(args[:many], args[many : 2 * many], strict=True):
@@ -377,8 +367,7 @@ class Walk:
 
     def _heard(self, begin: ir.Value, many: int) -> list[Any]:
         width = math.gcd(4, many)
-        some = ir.VectorType.get((width,), ir.F32Type.get())
-        loaded = [mlir.load(some, mlir.at(begin, j * FLOAT_BYTES)) for j in range(0, many, width)]
+        loaded = [mlir.load(mlir.floats(width), mlir.at(begin, j * FLOAT_BYTES)) for j in range(0, many, width)]
         return [self._number(vector.extract(a, [], [k])) for a in loaded for k in range(width)]
 
     def store_sums(self, refs: Sequence[Any], values: Sequence[Array]) -> None:
@@ -387,45 +376,46 @@ class Walk:
         many, config = len(refs), grid.config
 
         @plgpu.inline_mgpu(
-            arg_types=(
-                *[_REF] * (many + 1), *[grid.layout] * many, *[_SCALAR] * 3
-            )
-        )  # fmt: skip
+            arg_types=(*[_REF] * (many + 1), *[grid.layout] * many, *[_SCALAR] * 3),
+        )
         def run(_: Any, *args: Any) -> None:
             refs, ring, values, (block, first, team) = args[:many], args[many], args[many + 1 : -3], args[-3:]
             place = _place(grid, None, first)
             rows, width = grid.sums
             out = mlir.times(mlir.to_index(block), grid.columns * FLOAT_BYTES)
             if rows == 1:
-                begin = arith.addi(out, mlir.times(place.column, FLOAT_BYTES))
+                here = arith.addi(out, mlir.times(place.column, FLOAT_BYTES))
                 for ref, value in zip(refs, values, strict=True):
-                    self._store_columns(mlir.at(mlir.address(ref, mlir.GLOBAL), begin), value, place.kept)
+                    self._store_columns(mlir.at(mlir.address(ref, mlir.GLOBAL), here), value, place.kept)
                 return
             # Through shared memory, which the tiles no longer need.
             shared = mlir.address(ring, mlir.SHARED)
             row = arith.addi(mlir.times(mlir.to_index(team), grid.turn_rows), place.row)
             begin = mlir.times(arith.addi(mlir.times(row, width), place.column), FLOAT_BYTES)
-            size = rows * width * FLOAT_BYTES
             nvvm.cp_async_wait_group(0)
             gpu.barrier()
             for k, value in enumerate(values):
-                self._store_columns(mlir.at(mlir.at(shared, begin), k * size), value, [None] * grid.registers)
+                self._store_columns(
+                    mlir.at(mlir.at(shared, begin), k * grid.sums_bytes), value, [None] * grid.registers
+                )
             gpu.barrier()
             threads = config.warpgroups * WARPS * LANES
-            me, one = mlir.to_index(mgpu.thread_idx()), ir.VectorType.get((1,), ir.F32Type.get())
+            me = mlir.to_index(mgpu.thread_idx())
             for column in range(0, grid.columns, threads):
                 mine = mlir.plus(me, column)
-                here = mlir.times(mine, FLOAT_BYTES)
-
-                def add_up(here: ir.Value = here) -> None:
-                    for k, ref in enumerate(refs):
-                        of_row = lambda r: mlir.at(mlir.at(shared, here), k * size + r * width * FLOAT_BYTES)
-                        total = functools.reduce(arith.addf, [mlir.load(one, of_row(r)) for r in range(rows)])
-                        mlir.store(total, mlir.at(mlir.address(ref, mlir.GLOBAL), arith.addi(out, here)))
-
+                add_up = functools.partial(self._add_up, refs, shared, out, mlir.times(mine, FLOAT_BYTES))
                 mlir.when(None if column + threads <= grid.columns else mlir.less(mine, grid.columns), add_up)
 
         run(*refs, self.ring, *values, self.block, self.first, self.team)
+
+    def _add_up(self, refs: Sequence[ir.Value], shared: ir.Value, out: ir.Value, column: ir.Value) -> None:
+        """Adds up one column of each of the blocks of sums that lie one after the other in shared memory."""
+        rows, width = self.grid.sums
+        for k, ref in enumerate(refs):
+            begin = mlir.at(mlir.at(shared, column), k * self.grid.sums_bytes)
+            found = [mlir.load(mlir.floats(1), mlir.at(begin, r * width * FLOAT_BYTES)) for r in range(rows)]
+            total = functools.reduce(arith.addf, found)
+            mlir.store(total, mlir.at(mlir.address(ref, mlir.GLOBAL), arith.addi(out, column)))
 
     def _store_columns(self, begin: ir.Value, value: Any, kept: Sequence[ir.Value | None]) -> None:
         for j, (there, register) in enumerate(zip(kept, value.registers.flat, strict=True)):
@@ -469,3 +459,90 @@ def _count(grid: Grid, begin: ir.Value) -> ir.Value:
     return arith.uitofp(ir.F32Type.get(), mlir.to_int32(left))
 
 
+def launch(
+    name: str,
+    body: Any,
+    config: Config,
+    sources: Sequence[Array],
+    numbers: Sequence[Array],
+    weights: Sequence[Array],
+    *,
+    rows_out: Sequence[Any],
+    numbers_out: int,
+    sums_out: int,
+    values: int,
+    implementation: str,
+) -> list[Array]:
+    """Walks over rows, by the body of a kernel.
+
+    Args:
+      name: Of the kernel, as profiles show it.
+      body: body(walk, number_refs, weight_refs, outs), `walk` a `Walk` or a `SimulatedWalk` over `sources`.
+      config: Launch choices.
+      sources: Arrays of rows, all of one shape [..., n] and dtype, which the walk loads.
+      numbers: Of one float32 a row.
+      weights: Of one number a column.
+      rows_out: Dtypes of the results that are rows,
+      numbers_out: how many then are float32[rows],
+      sums_out: and how many float32[blocks, n], each block's sums over its rows.
+      values: At most how many numbers of a row the body exchanges at once.
+      implementation: "mosaic" or "interpret".
+    """
+    simulated = implementation == "interpret"
+    if simulated:  # by one team of one warpgroup
+        config = dataclasses.replace(config, warps=min(config.warps, WARPS), warpgroups=1, cluster=1)
+    n = sources[0].shape[-1]
+    grid = Grid(sources[0].size // n, n, sources[0].dtype.itemsize, config)
+    sources = [a.reshape(grid.rows, n) for a in sources]
+    numbers = [a.reshape(grid.rows) for a in numbers]
+    rows, columns = grid.rows, n
+    if simulated:
+        rows, columns = grid.tiles * grid.tile_rows, grid.part * config.warps
+        more = (0, rows - grid.rows), (0, columns - n)
+        sources = [jnp.pad(a, more) for a in sources]
+        numbers = [jnp.pad(a, more[:1]) for a in numbers]
+        weights = [jnp.pad(a, more[1:]) for a in weights]
+
+    def kernel(*refs: Any) -> None:
+        split = [len(sources), len(numbers), len(weights), len(rows_out) + numbers_out + sums_out]
+        source_refs, number_refs, weight_refs, outs, scratch = _split(refs, *split)
+        walk = SimulatedWalk(grid, source_refs) if simulated else Walk(grid, source_refs, *scratch)
+        body(walk, number_refs, weight_refs, outs)
+
+    kinds: dict[str, Any] = {}
+    if not simulated:
+        ring_bytes = max(16, grid.ring_bytes(len(sources)), grid.sums_bytes * sums_out)
+        slots = values * config.turns * grid.slots
+        kinds["scratch_types"] = [plgpu.SMEM((ring_bytes,), jnp.int8), plgpu.SMEM((slots,), jnp.float32)]
+        if config.cluster > 1:
+            kinds |= {"cluster": (config.cluster,), "cluster_names": ("cluster",)}
+        if config.warpgroups > 1:
+            kinds |= {"num_threads": config.warpgroups, "thread_name": "warpgroup"}
+    results = plgpu.kernel(
+        kernel,
+        out_type=[
+            *[jax.ShapeDtypeStruct((rows, columns), dtype) for dtype in rows_out],
+            *[jax.ShapeDtypeStruct((rows,), jnp.float32)] * numbers_out,
+            *[jax.ShapeDtypeStruct((grid.blocks, columns), jnp.float32)] * sums_out,
+        ],
+        grid=(grid.blocks,),
+        grid_names=("block",),
+        kernel_name=name,
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+        interpret=dispatch.interpret_params(implementation),
+        **kinds,
+    )(*sources, *numbers, *weights)
+    if simulated:
+        row_outs, number_outs, sums = _split(results, len(rows_out), numbers_out)
+        results = [a[: grid.rows, :n] for a in row_outs]
+        results += [*[a[: grid.rows] for a in number_outs], *[a[:, :n] for a in sums]]
+    return [varying_like(sources[0], a) for a in results]
+
+
+def _split(refs: Sequence[Any], *sizes: int) -> list[Sequence[Any]]:
+    """Consecutive parts of these sizes, and what is left."""
+    parts = []
+    for size in sizes:
+        parts.append(refs[:size])
+        refs = refs[size:]
+    return [*parts, refs]
