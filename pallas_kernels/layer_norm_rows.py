@@ -8,6 +8,7 @@ over rows, dscale and dbias, in registers all the way; a second small kernel add
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.column_sums import column_sums
-from pallas_kernels.rows import PROCESSORS, SHARED_BYTES, Config, Grid
+from pallas_kernels.rows import SHARED_BYTES, Config, Grid
 from pallas_kernels.walk import launch
 
 Array = jax.Array
@@ -26,12 +27,68 @@ Array = jax.Array
 Statistics = tuple[Array, Array, Array]
 
 
-# The longest rows served: 16 blocks in a cluster, whose threads hold 64 elements, or 16 and their two sums.
-_LONGEST = {"forward": 16 * 16384, "backward": 16 * 8192}
+# The longest rows served: 16 blocks in a cluster, of as many columns as one block takes.
+_BLOCK_COLUMNS = {"forward": 16384, "backward": 8192}
+_LONGEST = {kind: 16 * columns for kind, columns in _BLOCK_COLUMNS.items()}
+
+# What was fastest on an H200 (benchmarks/results/layer-norm-nvidia-h200.md): for elements of so many bytes, rows of at
+# most so many elements and of at least so many in number. Forward, many small blocks of few rows balance best over
+# processors that are not all equally far from memory; float32 does without copies ahead.
+_DIRECT = Config(stages=0, blocks=10**6, hold=False)
+_FORWARD: dict[int, list[tuple[int, int, Config]]] = {
+    2: [
+        (256, 0, Config(stages=3, blocks=24, turns=2)),
+        (1024, 0, Config(stages=2, blocks=3)),
+        (1024, 12288, Config(stages=2, blocks=12)),
+        (1024, 49152, Config(stages=2, blocks=48)),
+        (2048, 0, Config(warps=4, stages=3, blocks=6)),
+        (2048, 16384, Config(warps=4, stages=3, blocks=24)),
+        (4096, 0, Config(warps=4, stages=2, blocks=3)),
+        (4096, 16384, Config(warps=4, stages=3, blocks=24)),
+        (8192, 0, Config(warps=4, stages=3, blocks=4)),
+        (8192, 8192, Config(warps=4, stages=3, blocks=12)),
+        (8192, 16384, Config(warps=4, stages=3, blocks=24)),
+        (16384, 0, Config(warps=8, warpgroups=2, stages=2)),
+        (16384, 6144, Config(warps=8, warpgroups=2, stages=2, blocks=4)),
+    ],
+    4: [
+        (256, 0, Config(stages=3, blocks=24, turns=2)),
+        (1024, 0, Config(stages=2, blocks=3)),
+        (1024, 6144, Config(stages=2, blocks=12)),
+        (1024, 24576, dataclasses.replace(_DIRECT, warpgroups=4)),
+        (16384, 0, dataclasses.replace(_DIRECT, warps=4)),
+    ],
+}
+# Backward, as few blocks as there may be: each writes its sums over rows.
+_BACKWARD: dict[int, list[tuple[int, int, Config]]] = {
+    2: [
+        (256, 0, Config(warpgroups=4, stages=3, turns=2)),
+        (512, 0, Config(warpgroups=4, stages=3)),
+        # Two blocks of 384 threads fit a processor by 80 registers a thread.
+        (1024, 0, Config(warps=4, warpgroups=3, stages=3, blocks=2)),
+        (2048, 0, Config(warps=4, warpgroups=4, stages=3, again=True)),
+        (4096, 0, Config(warps=8, warpgroups=4, stages=3, again=True)),
+        (8192, 0, Config(warps=16, warpgroups=4, stages=4)),
+    ],
+    4: [
+        (512, 0, Config(warpgroups=4, stages=3)),
+        (1024, 0, Config(warps=4, warpgroups=4, stages=5)),
+        (2048, 0, Config(warps=8, warpgroups=4, stages=4)),
+        (4096, 0, Config(warps=16, warpgroups=4, stages=3)),
+        (8192, 0, Config(warps=8, warpgroups=2, stages=3)),
+    ],
+}
+# Of each block of a cluster, for longer rows.
+_CLUSTERED: dict[tuple[str, int], Config] = {
+    ("forward", 2): Config(warps=8, warpgroups=2, stages=2),
+    ("forward", 4): Config(warps=8, warpgroups=2, stages=2),
+    ("backward", 2): Config(warps=16, warpgroups=4, stages=2, again=True, turns=2),
+    ("backward", 4): Config(warps=8, warpgroups=2, stages=2),
+}
 
 
 def config_for(kind: str, rows: int, n: int, itemsize: int, streams: int) -> Config:
-    """The launch that was fastest on an H200 for rows like these (benchmarks/results/layer-norm-nvidia-h200.md).
+    """The launch of a kernel for rows like these.
 
     The number of rows decides how many a block takes, and not how a row lies over threads: its result does not depend
     on its neighbours.
@@ -47,10 +104,24 @@ def config_for(kind: str, rows: int, n: int, itemsize: int, streams: int) -> Con
       >>> config_for("backward", 65536, 8192, 2, 2)
       Config(warps=16, warpgroups=4, cluster=1, stages=4, blocks=1, hold=True, again=False, turns=1)
     """
-    config = _backward_config(n, itemsize) if kind == "backward" else _forward_config(rows, n, itemsize)
+    table = (_FORWARD if kind == "forward" else _BACKWARD)[itemsize]
+    fitting = [(longest, config) for longest, fewest, config in table if longest >= n and fewest <= rows]
+    if fitting:
+        config = [config for longest, config in fitting if longest == fitting[0][0]][-1]
+    else:
+        cluster = 1 << math.ceil(math.log2(n / _BLOCK_COLUMNS[kind]))
+        config = _CLUSTERED[kind, itemsize]
+        config = dataclasses.replace(config, warps=config.warps * cluster, cluster=cluster)
+    if kind == "backward" and streams > 2:  # whose elements take registers that a second block has not
+        config = dataclasses.replace(config, warpgroups=config.warpgroups * config.blocks, blocks=1)
     if Grid(rows, n, itemsize, config).vector_bytes < 4:  # asynchronous copies are of 4, 8 or 16 bytes
         return dataclasses.replace(config, stages=0, again=False, turns=1)
-    while (grid := Grid(rows, n, itemsize, config)).ring_bytes(streams) > SHARED_BYTES:
+    return _fitted(config, n, itemsize, streams)
+
+
+def _fitted(config: Config, n: int, itemsize: int, streams: int) -> Config:
+    """With fewer rows under way, where more do not fit shared memory."""
+    while (grid := Grid(1, n, itemsize, config)).ring_bytes(streams) > SHARED_BYTES:
         if config.stages > 2:
             config = dataclasses.replace(config, stages=config.stages - 1)
         elif config.turns > 1:
@@ -60,53 +131,6 @@ def config_for(kind: str, rows: int, n: int, itemsize: int, streams: int) -> Con
         else:
             config = dataclasses.replace(config, stages=config.stages - 1)
     return config
-
-
-def _forward_config(rows: int, n: int, itemsize: int) -> Config:
-    """Many small blocks: those of few rows balance best over processors that are not all equally far from memory."""
-    tiles = rows / (4 * PROCESSORS if n <= 1024 else PROCESSORS)  # of a processor
-    direct = Config(warps=1 if n <= 1024 else 4, warpgroups=4 if n <= 1024 else 1, stages=0, blocks=10**6, hold=False)
-    if itemsize > 2 and 1024 < n <= 16384:
-        return direct
-    if n <= 256:
-        return Config(warps=1, stages=3, blocks=24, turns=2)
-    if n <= 1024:
-        if itemsize > 2 and tiles >= 48:
-            return direct
-        return Config(warps=1, stages=2, blocks=3 if tiles < 24 else min(48, int(tiles / 2.6)))
-    if n <= 2048:
-        return Config(warps=4, stages=3, blocks=6 if tiles < 120 else 24)
-    if n <= 4096:
-        return Config(warps=4, stages=2, blocks=3) if tiles < 120 else Config(warps=4, stages=3, blocks=24)
-    if n <= 8192:
-        return Config(warps=4, stages=3, blocks=max(2, min(24, int(tiles / 5))))
-    cluster = 1 << max(0, math.ceil(math.log2(n / 16384)))
-    return Config(warps=8 * cluster, warpgroups=2, cluster=cluster, stages=2, blocks=4 if tiles >= 48 else 1)
-
-
-def _backward_config(n: int, itemsize: int) -> Config:
-    """As few blocks as there may be: each writes its sums over rows."""
-    narrow = itemsize == 2
-    if n <= 256:
-        return Config(warps=1, warpgroups=4, stages=3, turns=2 if narrow else 1)
-    if n <= 512:
-        return Config(warps=1, warpgroups=4, stages=3)
-    if n <= 1024:
-        return Config(warps=4, warpgroups=3, stages=3, blocks=2) if narrow else Config(warps=4, warpgroups=4, stages=5)
-    if n <= 2048:
-        return (
-            Config(warps=4, warpgroups=4, stages=3, again=True) if narrow else Config(warps=8, warpgroups=4, stages=4)
-        )
-    if n <= 4096:
-        return (
-            Config(warps=8, warpgroups=4, stages=3, again=True) if narrow else Config(warps=16, warpgroups=4, stages=3)
-        )
-    if n <= 8192:
-        return Config(warps=16, warpgroups=4, stages=4) if narrow else Config(warps=8, warpgroups=2, stages=3)
-    cluster = 1 << math.ceil(math.log2(n / 8192))
-    if narrow:
-        return Config(warps=16 * cluster, warpgroups=4, cluster=cluster, stages=2, again=True, turns=2)
-    return Config(warps=8 * cluster, warpgroups=2, cluster=cluster, stages=2)
 
 
 def unserved(kind: str, x: Any) -> str | None:
@@ -206,9 +230,22 @@ def forward_kernel(
     config: Config | None = None,
 ) -> tuple[Array, Array | None, Statistics]:
     """y, the sum with the residual if there is one, and of each row the mean, what it lacks, and rstd: float32."""
-    sources = [x] if residual is None else [x, residual]
     n = x.shape[-1]
-    config = config or config_for("forward", x.size // n, n, x.dtype.itemsize, len(sources))
+    config = config or config_for("forward", x.size // n, n, x.dtype.itemsize, 1 if residual is None else 2)
+    return _forward(x, scale, bias, residual, epsilon, implementation, config)
+
+
+@functools.partial(jax.jit, static_argnums=(4, 5, 6))  # so that like layers of a model are lowered once
+def _forward(
+    x: Array,
+    scale: Array | None,
+    bias: Array | None,
+    residual: Array | None,
+    epsilon: float,
+    implementation: str,
+    config: Config,
+) -> tuple[Array, Array | None, Statistics]:
+    sources = [x] if residual is None else [x, residual]
     weights = [w for w in (scale, bias) if w is not None]
 
     def body(walk: Any, _: Any, weight_refs: Sequence[Any], outs: Sequence[Any]) -> None:
@@ -266,9 +303,24 @@ def backward_kernel(
     config: Config | None = None,
 ) -> tuple[Array, Array | None, Array | None]:
     """dx in x's dtype; dscale and dbias in these dtypes, or None where the dtype is."""
-    sources = [x, dy] if dtotal is None else [x, dy, dtotal]
     n = x.shape[-1]
-    config = config or config_for("backward", x.size // n, n, x.dtype.itemsize, len(sources))
+    config = config or config_for("backward", x.size // n, n, x.dtype.itemsize, 2 if dtotal is None else 3)
+    return _backward(x, dy, dtotal, scale, statistics, tuple(dtypes), implementation, config)
+
+
+@functools.partial(jax.jit, static_argnums=(5, 6, 7))
+def _backward(
+    x: Array,
+    dy: Array,
+    dtotal: Array | None,
+    scale: Array | None,
+    statistics: Sequence[Array],
+    dtypes: tuple[Any, ...],
+    implementation: str,
+    config: Config,
+) -> tuple[Array, Array | None, Array | None]:
+    n = x.shape[-1]
+    sources = [x, dy] if dtotal is None else [x, dy, dtotal]
     wanted = [k for k, dtype in enumerate(dtypes) if dtype is not None]
 
     def body(walk: Any, number_refs: Sequence[Any], weight_refs: Sequence[Any], outs: Sequence[Any]) -> None:
