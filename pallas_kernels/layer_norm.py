@@ -193,11 +193,11 @@ def _reference(
     rows = (x if total is None else total).astype(wide)
     mean = jnp.mean(rows, -1, keepdims=True)
     centred = rows - mean
-    rest = jnp.zeros_like(mean)
-    if x.dtype.itemsize > 2:  # the mean's rounding is less than that of such numbers
+    rest, var = jnp.zeros_like(mean), jnp.mean(centred * centred, -1, keepdims=True)
+    if x.dtype.itemsize > 2:  # of shorter numbers the mean's rounding is less than their own
         rest = jnp.mean(centred, -1, keepdims=True)
-        centred -= rest
-    rstd = lax.rsqrt(jnp.mean(centred * centred, -1, keepdims=True) + epsilon)
+        centred, var = centred - rest, jnp.maximum(var - rest * rest, 0.0)
+    rstd = lax.rsqrt(var + epsilon)
     y = centred * rstd
     if scale is not None:
         y *= scale.astype(wide)

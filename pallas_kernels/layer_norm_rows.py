@@ -37,6 +37,7 @@ _LONGEST = {kind: 16 * columns for kind, columns in _BLOCK_COLUMNS.items()}
 _DIRECT = Config(stages=0, blocks=10**6, hold=False)
 _FORWARD: dict[int, list[tuple[int, int, Config]]] = {
     2: [
+        (128, 0, Config(stages=4, blocks=24, turns=2)),
         (256, 0, Config(stages=3, blocks=24, turns=2)),
         (1024, 0, Config(stages=2, blocks=3)),
         (1024, 12288, Config(stages=2, blocks=12)),
@@ -62,7 +63,8 @@ _FORWARD: dict[int, list[tuple[int, int, Config]]] = {
 # Backward, as few blocks as there may be: each writes its sums over rows.
 _BACKWARD: dict[int, list[tuple[int, int, Config]]] = {
     2: [
-        (256, 0, Config(warpgroups=4, stages=3, turns=2)),
+        (128, 0, Config(warpgroups=4, stages=3, turns=2)),
+        (256, 0, Config(warpgroups=4, stages=4, turns=2)),
         (512, 0, Config(warpgroups=4, stages=3)),
         # Two blocks of 384 threads fit a processor by 80 registers a thread.
         (1024, 0, Config(warps=4, warpgroups=3, stages=3, blocks=2)),
