@@ -8,7 +8,6 @@ other formats (formats.py): 18 with bfloat16 moments and gradients, 14 with 8-bi
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -101,7 +100,8 @@ def adam_scalars(
         learning_rate, b1, b2, 1 - b1, 1 - b2, eps, eps_root, weight_decay, l2,
         mu_factor, grad_factor, unbias(b2, count), scale, apply,
     )  # fmt: skip
-    return Scalars(*map(functools.partial(jnp.asarray, dtype=jnp.float32), values), seed)
+    numbers: Any = [jnp.asarray(x, jnp.float32) for x in values]
+    return Scalars(*numbers, seed)
 
 
 def moments(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -18,7 +19,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import dispatch
-from pallas_kernels.layer_norm_rows import backward_kernel, forward_kernel, unserved, varying_like
+from pallas_kernels.layer_norm_rows import Statistics, backward_kernel, forward_kernel, unserved
+from pallas_kernels.rows import varying_like
 
 Array = jax.Array
 
@@ -92,7 +94,7 @@ def layer_norm_reference(
       >>> layer_norm_reference(jnp.array([1.0, 3.0]), jnp.full(2, 10.0), jnp.ones(2), epsilon=0.0).tolist()
       [-9.0, 11.0]
     """
-    y, total, _, _ = _reference(x, scale, bias, residual, epsilon)
+    y, total, _ = _reference(x, scale, bias, residual, epsilon)
     return y if residual is None else (y, total)
 
 
@@ -116,9 +118,8 @@ def layer_norm_choice(
     """
     _check(x, scale, bias, residual)
     arrays = [a for a in (x, scale, bias, residual) if a is not None]
-    streams = 1 if residual is None else 2
-    choice = dispatch.choose("layer_norm", implementation, arrays, unserved=unserved("forward", x, streams))
-    if choice.implementation != "xla" and (why := unserved("backward", x, streams + 1)):
+    choice = dispatch.choose("layer_norm", implementation, arrays, unserved=unserved("forward", x))
+    if choice.implementation != "xla" and (why := unserved("backward", x)):
         return dataclasses.replace(choice, why=f"{choice.why}; the backward pass is XLA's: {why}")
     return choice
 
@@ -154,7 +155,7 @@ def _layer_norm(
 
 def _run(
     x: Array, scale: Array | None, bias: Array | None, residual: Array | None, epsilon: float, implementation: str
-) -> tuple[Array, Array | None, Array, Array]:
+) -> tuple[Array, Array | None, Statistics]:
     if implementation == "xla":
         return _reference(x, scale, bias, residual, epsilon)
     return forward_kernel(x, scale, bias, residual, epsilon=epsilon, implementation=implementation)
@@ -163,24 +164,21 @@ def _run(
 def _fwd(
     x: Array, scale: Array | None, bias: Array | None, residual: Array | None, epsilon: float, implementation: str
 ) -> tuple[Any, Any]:
-    y, total, mean, rstd = _run(x, scale, bias, residual, epsilon, implementation)
+    y, total, statistics = _run(x, scale, bias, residual, epsilon, implementation)
     like_bias = None if bias is None else jnp.zeros((0,), bias.dtype)
-    return (y, total), (x if total is None else total, scale, like_bias, mean, rstd)
+    return (y, total), (x if total is None else total, scale, like_bias, statistics)
 
 
 def _bwd(epsilon: float, implementation: str, saved: Any, cotangents: tuple[Array, Array | None]) -> tuple[Any, ...]:
-    x, scale, like_bias, mean, rstd = saved
-    if implementation == "xla" or unserved("backward", x, 2 if cotangents[1] is None else 3):
-        columns = (*x.shape[:-1], 1)
-        dx, dscale, dbias = _reference_backward(x, *cotangents, scale, mean.reshape(columns), rstd.reshape(columns))
+    x, scale, like_bias, statistics = saved
+    dtypes = [None if a is None else a.dtype for a in (scale, like_bias)]
+    if implementation == "xla" or unserved("backward", x):
+        columns = [a.reshape(*x.shape[:-1], 1) for a in statistics]
+        dx, *wide = _reference_backward(x, *cotangents, scale, columns)
+        dscale, dbias = (None if dtype is None else a.astype(dtype) for a, dtype in zip(wide, dtypes, strict=True))
     else:
-        dx, dscale, dbias = backward_kernel(x, *cotangents, scale, mean, rstd, implementation=implementation)
-    return (
-        dx,
-        None if scale is None else dscale.astype(scale.dtype),
-        None if like_bias is None else dbias.astype(like_bias.dtype),
-        None if cotangents[1] is None else dx,
-    )
+        dx, dscale, dbias = backward_kernel(x, *cotangents, scale, statistics, dtypes, implementation=implementation)
+    return dx, dscale, dbias, None if cotangents[1] is None else dx
 
 
 _layer_norm.defvjp(_fwd, _bwd)
@@ -188,20 +186,24 @@ _layer_norm.defvjp(_fwd, _bwd)
 
 def _reference(
     x: Array, scale: Array | None, bias: Array | None, residual: Array | None, epsilon: float
-) -> tuple[Array, Array | None, Array, Array]:
-    """y, the sum with the residual if there is one, mean [..., 1], rstd [..., 1]."""
+) -> tuple[Array, Array | None, Statistics]:
+    """y, the sum with the residual if there is one, and statistics [..., 1]."""
     total = None if residual is None else _rounded(x + residual)
     wide = jnp.promote_types(x.dtype, jnp.float32)
     rows = (x if total is None else total).astype(wide)
     mean = jnp.mean(rows, -1, keepdims=True)
     centred = rows - mean
-    rstd = lax.rsqrt(jnp.mean(centred * centred, -1, keepdims=True) + epsilon)
+    rest, var = jnp.zeros_like(mean), jnp.mean(centred * centred, -1, keepdims=True)
+    if x.dtype.itemsize > 2:  # of shorter numbers the mean's rounding is less than their own
+        rest = jnp.mean(centred, -1, keepdims=True)
+        centred, var = centred - rest, jnp.maximum(var - rest * rest, 0.0)
+    rstd = lax.rsqrt(var + epsilon)
     y = centred * rstd
     if scale is not None:
         y *= scale.astype(wide)
     if bias is not None:
         y += bias.astype(wide)
-    return y.astype(x.dtype), total, mean, rstd
+    return y.astype(x.dtype), total, (mean, rest, rstd)
 
 
 def _rounded(a: Array) -> Array:
@@ -210,10 +212,11 @@ def _rounded(a: Array) -> Array:
 
 
 def _reference_backward(
-    x: Array, dy: Array, dtotal: Array | None, scale: Array | None, mean: Array, rstd: Array
+    x: Array, dy: Array, dtotal: Array | None, scale: Array | None, statistics: Sequence[Array]
 ) -> tuple[Array, Array, Array]:
     """dx in x's dtype, dscale and dbias wide. No reshape: leading dims may be sharded."""
-    centred = (x.astype(mean.dtype) - mean) * rstd
+    mean, rest, rstd = statistics
+    centred = (x.astype(mean.dtype) - mean - rest) * rstd
     dwide = dy.astype(mean.dtype)
     dcentred = dwide if scale is None else dwide * scale.astype(mean.dtype)
     along = jnp.mean(dcentred * centred, -1, keepdims=True)

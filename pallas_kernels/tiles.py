@@ -17,10 +17,8 @@ import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
 from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import arith, memref, vector
-from jax.extend.mlir.dialects import scf as _scf
-from jaxlib.mlir.dialects import llvm
 
-scf: Any = _scf  # untyped: its stubs are those of a generated class that another one replaces
+from pallas_kernels import mlir
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +63,7 @@ class Block:
         branch = self._if_whole([kind for kind in kinds for _ in places])
         for block, load in ((branch.then_block, self._load_whole), (branch.else_block, self._load_checked)):
             with ir.InsertionPoint(block):
-                scf.yield_([load(a, at) for a in which for at in places])
+                mlir.scf.yield_([load(a, at) for a in which for at in places])
         loaded = iter(branch.results)
         return [self._array([self._widened(a, next(loaded)) for _ in places], self.kinds[a]) for a in which]
 
@@ -78,16 +76,16 @@ class Block:
         element = self._element(a)
 
         def one(at: ir.Value, place: ir.Value) -> ir.Value:
-            inside = scf.IfOp(_less(at, self.size), [element], has_else=True)
+            inside = mlir.scf.IfOp(mlir.less(at, self.size), [element], has_else=True)
             with ir.InsertionPoint(inside.then_block):
-                scf.yield_([memref.load(self.refs[a], [place])])
+                mlir.scf.yield_([memref.load(self.refs[a], [place])])
             with ir.InsertionPoint(inside.else_block):
-                scf.yield_([_constant(element, 0)])
+                mlir.scf.yield_([mgpu.c(0, element)])
             return inside.results[0]
 
         if self.kinds[a].repeat > 1:
             return one(at, self._shared(a, at))
-        here = [_plus(at, j) for j in range(self.layout.vec_size)]
+        here = [mlir.plus(at, j) for j in range(self.layout.vec_size)]
         return vector.from_elements(self._vector(element), [one(x, x) for x in here])
 
     def _widened(self, a: int, x: ir.Value) -> ir.Value:
@@ -112,7 +110,7 @@ class Block:
                 for a, mine in enumerate(registers):
                     for at, register in zip(places, mine, strict=True):
                         store(a, at, register)
-                scf.yield_([])
+                mlir.scf.yield_([])
 
     def _narrowed(self, a: int, x: ir.Value) -> ir.Value:
         """A vector in the dtype of memory."""
@@ -127,18 +125,17 @@ class Block:
 
     def _store_checked(self, a: int, at: ir.Value, register: ir.Value) -> None:
         def one(condition: ir.Value, j: int, place: ir.Value) -> None:
-            chosen = scf.IfOp(condition)
+            chosen = mlir.scf.IfOp(condition)
             with ir.InsertionPoint(chosen.then_block):
                 memref.store(vector.extract(register, [], [j]), self.refs[a], [place])
-                scf.yield_([])
+                mlir.scf.yield_([])
 
         if self.kinds[a].repeat > 1:
-            rest = arith.remui(at, _constant(_index(), self.kinds[a].repeat))
-            first = arith.cmpi(arith.CmpIPredicate.eq, rest, _constant(_index(), 0))
-            return one(arith.andi(first, _less(at, self.size)), 0, self._shared(a, at))
+            rest = arith.remui(at, mlir.index(self.kinds[a].repeat))
+            return one(arith.andi(mlir.equal(rest, 0), mlir.less(at, self.size)), 0, self._shared(a, at))
         for j in range(self.layout.vec_size):
-            here = _plus(at, j)
-            one(_less(here, self.size), j, here)
+            here = mlir.plus(at, j)
+            one(mlir.less(here, self.size), j, here)
 
     def places(self, cuts: Sequence[Sequence[ir.Value]], *, together: bool) -> mgpu.FragmentedArray:
         """int32: where each element lies in the whole leaf, modulo 2**32, by its `formats.Cut`s.
@@ -149,7 +146,7 @@ class Block:
         """
         i32 = ir.IntegerType.get_signless(32)
         vectors = self._vector(i32)
-        steps = vector.from_elements(vectors, [_constant(i32, j) for j in range(self.layout.vec_size)])
+        steps = vector.from_elements(vectors, [mlir.int32(j) for j in range(self.layout.vec_size)])
         spread = lambda x: vector.broadcast(vectors, x)
 
         def moved(place: ir.Value, of: Callable[[ir.Value], ir.Value]) -> ir.Value:
@@ -181,7 +178,7 @@ class Block:
 
     def _shared(self, a: int, at: ir.Value) -> ir.Value:
         """Where the element lies that a vector's neighbours share."""
-        return arith.divui(at, _constant(_index(), self.kinds[a].repeat))
+        return arith.divui(at, mlir.index(self.kinds[a].repeat))
 
     def _alignment(self, a: int) -> int:
         """In bytes: XLA aligns arrays to more than any vector."""
@@ -189,14 +186,14 @@ class Block:
 
     def _places(self) -> list[ir.Value]:
         """Where each of this thread's vectors begins, in elements of the leaf."""
-        thread = arith.remui(arith.index_cast(_index(), mgpu.thread_idx()), _constant(_index(), 128))
-        first = arith.addi(self.offset, arith.muli(thread, _constant(_index(), self.layout.vec_size)))
+        thread = arith.remui(mlir.to_index(mgpu.thread_idx()), mlir.index(128))
+        first = arith.addi(self.offset, arith.muli(thread, mlir.index(self.layout.vec_size)))
         (vectors,) = self.layout.registers_shape(self.layout.shape)
-        return [_plus(first, k * 128 * self.layout.vec_size) for k in range(vectors)]
+        return [mlir.plus(first, k * 128 * self.layout.vec_size) for k in range(vectors)]
 
     def _if_whole(self, results: Sequence[ir.Type]) -> Any:
-        end = _plus(self.offset, self.layout.shape[0] - 1)
-        return scf.IfOp(_less(end, self.size), results, has_else=True)
+        end = mlir.plus(self.offset, self.layout.shape[0] - 1)
+        return mlir.scf.IfOp(mlir.less(end, self.size), results, has_else=True)
 
 
 def select(
@@ -215,9 +212,9 @@ def select(
       starts: Number of the first block of each leaf, and at the end that of all blocks.
       layout: Of a block over the threads.
     """
-    index = arith.index_cast(_index(), index if isinstance(index, ir.Value) else index.registers.item())
+    here = mlir.to_index(index)
     (block,) = layout.shape
-    types = [_any_length(ref) for ref in leaves[0]] + [_index()] * 3
+    types = [_any_length(ref) for ref in leaves[0]] + [ir.IndexType.get()] * 3
 
     def pick(low: int, high: int) -> list[ir.Value]:
         if high - low == 1:
@@ -225,17 +222,17 @@ def select(
             plain = [memref.cast(_any_length(ref, in_global=False), ref) for ref in leaves[low]]
             refs = [memref.memory_space_cast(_any_length(ref), ref) for ref in plain]
             size = ir.MemRefType(leaves[low][0].type).shape[0]
-            return [*refs, *(_constant(_index(), n) for n in (starts[low], size, low))]
+            return [*refs, *(mlir.index(n) for n in (starts[low], size, low))]
         half = (starts[low] + starts[high]) // 2
         middle = min(range(low + 1, high), key=lambda k: abs(starts[k] - half))
-        branch = scf.IfOp(_less(index, _constant(_index(), starts[middle])), types, has_else=True)
+        branch = mlir.scf.IfOp(mlir.less(here, starts[middle]), types, has_else=True)
         for target, bounds in ((branch.then_block, (low, middle)), (branch.else_block, (middle, high))):
             with ir.InsertionPoint(target):
-                scf.yield_(pick(*bounds))
+                mlir.scf.yield_(pick(*bounds))
         return list(branch.results)
 
     *refs, start, size, leaf = pick(0, len(leaves))
-    offset = arith.muli(arith.subi(index, start), _constant(_index(), block))
+    offset = arith.muli(arith.subi(here, start), mlir.index(block))
     return Block(refs, kinds, offset, size, layout), leaf
 
 
@@ -243,15 +240,15 @@ def select(
 def where_positive(scalar: Any) -> Iterator[None]:
     """What is built within runs where a float32 scalar is positive."""
     value = scalar if isinstance(scalar, ir.Value) else scalar.registers.item()
-    branch = scf.IfOp(arith.cmpf(arith.CmpFPredicate.OGT, value, _constant(value.type, 0.0)))
+    branch = mlir.scf.IfOp(arith.cmpf(arith.CmpFPredicate.OGT, value, mgpu.c(0.0, value.type)))
     with ir.InsertionPoint(branch.then_block):
         yield
-        scf.yield_([])
+        mlir.scf.yield_([])
 
 
 def number(ref: ir.Value, row: ir.Value, column: int, width: int) -> ir.Value:
     """One number of a flat [rows, width] array."""
-    return memref.load(ref, [_plus(arith.muli(row, _constant(_index(), width)), column)])
+    return memref.load(ref, [mlir.plus(arith.muli(row, mlir.index(width)), column)])
 
 
 def splat(value: ir.Value, layout: Any) -> mgpu.FragmentedArray:
@@ -270,7 +267,7 @@ def by_instruction(instruction: str, *operands: mgpu.FragmentedArray) -> mgpu.Fr
     for k, vectors in enumerate(zip(*(x.registers.flat for x in operands), strict=True)):
         kind = ir.VectorType(vectors[0].type)
         elements: list[Any] = [
-            llvm.inline_asm(
+            mlir.llvm.inline_asm(
                 kind.element_type,
                 [vector.extract(x, [], [j]) for x in vectors],
                 f"{instruction} {places};",
@@ -301,19 +298,3 @@ def _any_length(ref: ir.Value, *, in_global: bool = True) -> ir.Type:
     space = ir.IntegerAttr.get(ir.IntegerType.get_signless(64), 1) if in_global else None
     element = ir.MemRefType(ref.type).element_type
     return ir.MemRefType.get([ir.ShapedType.get_dynamic_size()], element, memory_space=space)
-
-
-def _index() -> ir.Type:
-    return ir.IndexType.get()
-
-
-def _constant(kind: ir.Type, value: float) -> ir.Value:
-    return mgpu.c(value, kind)
-
-
-def _plus(x: ir.Value, n: int) -> ir.Value:
-    return arith.addi(x, _constant(_index(), n))
-
-
-def _less(a: ir.Value, b: ir.Value) -> ir.Value:
-    return arith.cmpi(arith.CmpIPredicate.slt, a, b)
