@@ -101,7 +101,7 @@ def adam_scalars(
         mu_factor, grad_factor, unbias(b2, count), scale, apply,
     )  # fmt: skip
     numbers: Any = [jnp.asarray(x, jnp.float32) for x in values]
-    return Scalars(*numbers, seed)
+    return Scalars(*numbers)._replace(seed=seed)
 
 
 def moments(

@@ -52,7 +52,7 @@ def times(x: ir.Value, n: int) -> ir.Value:
 
 
 def less(a: ir.Value, b: ir.Value | int) -> ir.Value:
-    """Whether a < b, both signed."""
+    """Whether a < b."""
     return arith.cmpi(arith.CmpIPredicate.slt, a, b if isinstance(b, ir.Value) else mgpu.c(b, a.type))
 
 
@@ -103,58 +103,6 @@ def vector_bytes(kind: ir.Type) -> int:
 def equal(a: ir.Value, b: ir.Value | int) -> ir.Value:
     """Whether a == b."""
     return arith.cmpi(arith.CmpIPredicate.eq, a, b if isinstance(b, ir.Value) else mgpu.c(b, a.type))
-
-
-def address(ref: ir.Value, space: int) -> ir.Value:
-    """Where an array begins, as an address of this space."""
-    pointer, kind = utils.memref_ptr(ref), llvm.PointerType.get(address_space=space)
-    return pointer if pointer.type == kind else llvm.addrspacecast(kind, pointer)
-
-
-def at(pointer: ir.Value, offset: ir.Value | int) -> ir.Value:
-    """The address so many bytes on."""
-    if isinstance(offset, ir.Value):
-        offset = arith.index_cast(ir.IntegerType.get_signless(64), offset)
-    return utils.getelementptr(pointer, [offset], ir.IntegerType.get_signless(8))
-
-
-def load(kind: ir.Type, pointer: ir.Value) -> ir.Value:
-    """A vector whose bytes divide its address, or 16."""
-    return llvm.load(kind, pointer, alignment=min(16, vector_bytes(kind)))
-
-
-def store(value: ir.Value, pointer: ir.Value) -> None:
-    """Likewise."""
-    llvm.store(value, pointer, alignment=min(16, vector_bytes(value.type)))
-
-
-def store_where(condition: ir.Value | None, value: ir.Value, pointer: ir.Value) -> None:
-    """Stores a vector of 2 to 16 bytes to global memory where the condition holds, without a branch.
-
-    A branch would part what computes the value from what else is made of its terms, and keep these in registers.
-    """
-    if condition is None:
-        return store(value, pointer)
-    size = vector_bytes(value.type)
-    width, words = (16, 1) if size == 2 else (32, size // 4)
-    kind, letter = ir.IntegerType.get_signless(width), "h" if width == 16 else "r"
-    packed = vector.bitcast(ir.VectorType.get((words,), kind), value)
-    parts = [vector.extract(packed, [], [k]) for k in range(words)]
-    names = ", ".join(f"${2 + k}" for k in range(words))
-    how = f".v{words}.b{width} [$1], {{{names}}}" if words > 1 else f".b{width} [$1], {names}"
-    flag = arith.extui(ir.IntegerType.get_signless(32), condition)
-    llvm.inline_asm(
-        None,
-        [flag, pointer, *parts],
-        "{ .reg .pred p; setp.ne.b32 p, $0, 0; @p st.global" + how + "; }",
-        ",".join(["r", "l", *[letter] * words]),
-        has_side_effects=True,
-    )
-
-
-def product(a: ir.Value, b: ir.Value) -> ir.Value:
-    """a * b of float32, rounded: it is never fused with a sum."""
-    return llvm.inline_asm(a.type, [a, b], "mul.rn.f32 $0, $1, $2;", "=f,f,f")
 
 
 def floats(many: int) -> ir.Type:
@@ -212,3 +160,8 @@ def store_where(condition: ir.Value | None, value: ir.Value, pointer: ir.Value) 
         ",".join(["r", "l", *[letter] * words]),
         has_side_effects=True,
     )
+
+
+def product(a: ir.Value, b: ir.Value) -> ir.Value:
+    """a * b of float32, rounded: it is never fused with a sum."""
+    return llvm.inline_asm(a.type, [a, b], "mul.rn.f32 $0, $1, $2;", "=f,f,f")
