@@ -74,24 +74,64 @@ LEAVES = {  # all but the second and the fourth are those that peers were timed 
     "300 of 64 to 4K": [(n,) for n in (64, 128, 256, 512, 1024, 2048, 4096, 768, 1000, 3000)] * 30,
 }
 CLIP = optax.clip_by_global_norm(1.0)
-OPTIMIZERS: dict[str, tuple[int, Any, Any]] = {  # bytes a param, ours, Optax's
-    "adamw": (28, zerojax.fused_adamw(1e-3), optax.adamw(1e-3)),
-    "clip+adamw": (32, zerojax.chain(CLIP, zerojax.fused_adamw(1e-3)), optax.chain(CLIP, optax.adamw(1e-3))),
-    "lamb": (40, zerojax.fused_lamb(1e-3, weight_decay=0.01), optax.lamb(1e-3, weight_decay=0.01)),
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    """An optimizer, what XLA runs in its place, and the formats of its arrays.
+
+    Attributes:
+      floor: Bytes a param.
+      ours, plain: Transformations.
+      params, grads: Dtypes.
+      leaves: Names of the sets of leaves that it is timed on.
+    """
+
+    floor: float
+    ours: Any
+    plain: Any
+    params: str = "float32"
+    grads: str = "float32"
+    leaves: tuple[str, ...] = tuple(LEAVES)
+
+
+def small(dtype: str, *, split: bool = False) -> tuple[Any, Any]:
+    """AdamW with moments of a dtype by the kernel, and by XLA: Optax has no such moments."""
+    make = functools.partial(zerojax.fused_adamw, 1e-3, mu_dtype=dtype, nu_dtype=dtype)
+    both = make(), make(implementation="xla")
+    return (zerojax.master_weights(both[0]), zerojax.master_weights(both[1])) if split else both
+
+
+ADAMW = zerojax.fused_adamw(1e-3), optax.adamw(1e-3)
+LARGE = ("1.3B", "125M")
+OPTIMIZERS = {
+    "adamw": Optimizer(28, *ADAMW),
+    "adamw bfloat16 gradients": Optimizer(26, *ADAMW, grads="bfloat16", leaves=LARGE),
+    "adamw bfloat16 moments": Optimizer(18, *small("bfloat16"), grads="bfloat16", leaves=LARGE),
+    "adamw int8 moments": Optimizer(14.0625, *small("int8"), grads="bfloat16", leaves=LARGE),
+    "adamw int8 moments, split params": Optimizer(
+        14.0625, *small("int8", split=True), params="bfloat16", grads="bfloat16", leaves=LARGE
+    ),
+    "clip+adamw": Optimizer(32, zerojax.chain(CLIP, ADAMW[0]), optax.chain(CLIP, ADAMW[1])),
+    "lamb": Optimizer(40, zerojax.fused_lamb(1e-3, weight_decay=0.01), optax.lamb(1e-3, weight_decay=0.01)),
 }
 STEPS = 5
 
 
-def optimizer_program(tx: Any, shapes: list[Shape]) -> Callable[[], dict[str, Any]]:
-    """A step of `tx` on float32 leaves."""
-    leaves = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+def optimizer_program(tx: Any, optimizer: Optimizer, shapes: list[Shape]) -> Callable[[], dict[str, Any]]:
+    """A step of `tx`, on leaves in the formats of `optimizer`."""
+    dtypes = optimizer.params, optimizer.grads
+    leaves, like_grads = ([jax.ShapeDtypeStruct(shape, dtype) for shape in shapes] for dtype in dtypes)
     # Donated in the order in which they come back: JAX pairs buffers of one shape by position, and copies the others.
     step = jax.jit(lambda params, state, grads: zerojax.apply(tx, grads, state, params), donate_argnums=(0, 1))
-    compiled = step.lower(leaves, jax.eval_shape(tx.init, leaves), leaves).compile()
+    compiled = step.lower(leaves, jax.eval_shape(tx.init, leaves), like_grads).compile()
     values = np.random.default_rng(0).standard_normal((2, len(shapes))) * [[1.0], [0.01]]
 
     def start() -> Any:
-        params, grads = ([jnp.full(s, x, jnp.float32) for s, x in zip(shapes, row, strict=True)] for row in values)
+        params, grads = (
+            [jnp.full(shape, x, dtype) for shape, x in zip(shapes, row, strict=True)]
+            for row, dtype in zip(values, dtypes, strict=True)
+        )
         return params, tx.init(params), grads
 
     compiled_start = jax.jit(start).lower().compile()  # leaf by leaf, each would be a program of its own
@@ -151,15 +191,16 @@ def unfused_lamb(shapes: list[Shape]) -> Callable[[], dict[str, Any]]:
 def optimizer_cases() -> list[Case]:
     """Every optimizer on every set of leaves."""
     cases = []
-    for name, (bytes_per_param, ours, plain) in OPTIMIZERS.items():
-        for leaves, shapes in LEAVES.items():
+    for name, optimizer in OPTIMIZERS.items():
+        for leaves in filter(LEAVES.__contains__, optimizer.leaves):
+            shapes = LEAVES[leaves]
             programs = {
-                "zerojax": functools.partial(optimizer_program, ours, shapes),
-                "xla": functools.partial(optimizer_program, plain, shapes),
+                "zerojax": functools.partial(optimizer_program, optimizer.ours, optimizer, shapes),
+                "xla": functools.partial(optimizer_program, optimizer.plain, optimizer, shapes),
             }
             if (name, leaves) == ("lamb", "1.3B"):
                 programs["unfused"] = functools.partial(unfused_lamb, shapes)
-            floor = bytes_per_param * sum(map(math.prod, shapes))
+            floor = round(optimizer.floor * sum(map(math.prod, shapes)))
             cases.append(Case(f"{name}/{leaves}", floor, "", programs))
     return cases
 
