@@ -175,3 +175,11 @@ def test_bad_input_is_refused_by_name():
     with pytest.raises(ValueError, match="needs the params"):
         tx = zerojax.master_weights(optax.sgd(1.0))
         tx.update({}, tx.init({}))
+
+
+def test_the_table_shows_masters_and_moments_by_dtype():
+    params = {"w": jax.ShapeDtypeStruct((256, 512), "bfloat16")}
+    plan = zerojax.make_plan(params, models.mesh_of(8), stage=1)
+    inner = zerojax.fused_adamw(1e-3, mu_dtype="bfloat16", nu_dtype="int8")
+    last = plan.table(zerojax.master_weights(zerojax.chain(optax.clip(1.0), inner))).splitlines()[-1]
+    assert last == "opt_state: masters uint16 32.8 kB, count int32 4 B, mu bfloat16 32.8 kB, nu 8-bit 16.9 kB"

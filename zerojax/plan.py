@@ -241,7 +241,7 @@ class Plan:
         """The table people read: each param's layout and its bytes a device, and why what is whole is whole.
 
         Args:
-          tx: With an optimizer, the last line has the bytes of its state too.
+          tx: With an optimizer, the last lines have the bytes of its state too: all of it, and its parts by dtype.
 
         Example:
           >>> mesh = jax.sharding.AbstractMesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -256,6 +256,7 @@ class Plan:
           total                                        8.4 MB   8.4 MB
           whole: b: 4096 elements are fewer than min_size=16384
           params 8.4 MB, grads 8.4 MB, opt_state 16.8 MB, total 33.6 MB, host 0 B
+          opt_state: count int32 4 B, mu float32 8.4 MB, nu float32 8.4 MB
         """
         shapes = self.treedef.flatten_up_to(self.shapes)
         at_rest = [self.treedef.flatten_up_to(specs) for specs in (self.param_specs, self.grad_specs)]
@@ -272,7 +273,19 @@ class Plan:
             report.text_table(["leaf", "shape", "dtype", "sharded as", "params", "grads"], rows),
             *(f"whole: {leaf.name}: {leaf.reason}" for leaf in self.unsharded() if self.stage),
         ]
-        return "\n".join(lines if tx is None else [*lines, str(self.memory(tx))])
+        return "\n".join(lines if tx is None else [*lines, str(self.memory(tx)), self._state_parts(tx)])
+
+    def _state_parts(self, tx: optax.GradientTransformation) -> str:
+        """Bytes of the optimizer's state by the name of its field, and dtype."""
+        parts: dict[str, int] = {}
+        shapes = jax.tree_util.tree_leaves_with_path(self._state_shapes(tx))
+        for (path, x), spec in zip(shapes, jax.tree.leaves(self.opt_state_specs(tx)), strict=True):
+            names = [key.name for key in path if isinstance(key, jax.tree_util.GetAttrKey)]
+            fields = [name for name in names if name not in ("inner_state", *formats.Blocks._fields)] or ["state"]
+            dtype = "8-bit" if set(names) & set(formats.Blocks._fields) else x.dtype.name
+            name = f"{fields[-1]} {dtype}"
+            parts[name] = parts.get(name, 0) + layout.shard_bytes(self.mesh, x, spec)
+        return "opt_state: " + ", ".join(f"{name} {report.format_bytes(size)}" for name, size in parts.items())
 
 
 def make_plan(
