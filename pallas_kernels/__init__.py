@@ -18,12 +18,16 @@ from pallas_kernels.layer_norm import layer_norm_reference as layer_norm_referen
 from pallas_kernels.softmax import softmax as softmax
 from pallas_kernels.softmax import softmax_choice
 from pallas_kernels.softmax import softmax_reference as softmax_reference
+from pallas_kernels.squares import squares as squares
+from pallas_kernels.squares import squares_choice
+from pallas_kernels.squares import squares_reference as squares_reference
 
 _CHOICES: dict[str, Callable[..., Choice]] = {
     "adam": adam_choice,
     "lamb": lamb_choice,
     "layer_norm": layer_norm_choice,
     "softmax": softmax_choice,
+    "squares": squares_choice,
 }
 
 

@@ -215,7 +215,7 @@ class _Launch:
         layout: Any = plgpu.Layout.WG_STRIDED((block,), vec_size=self.config.vector)
         tile = lambda dtype: plgpu.ShapeDtypeStruct((block,), dtype, layout=layout)
         width = factors.shape[1]
-        tables = [factors] if numbers is None else [factors, numbers]
+        tables = [table for table in (factors, numbers) if table is not None and table.size]
         inputs = [*(tile(kinds[a].seen) for a in loaded), *[tile(jnp.float32)] * width]
         if numbers is not None:
             inputs += [tile(jnp.int32)] * 2  # key and place
@@ -237,7 +237,7 @@ class _Launch:
                 values = [*chosen.load(loaded), *(tiles.splat(x, layout.to_mgpu()) for x in row)]
                 if numbers is not None:
                     columns = numbers.shape[1]
-                    key, *cuts = (tiles.number(tables_refs[1], leaf, k, columns) for k in range(columns))
+                    key, *cuts = (tiles.number(tables_refs[-1], leaf, k, columns) for k in range(columns))
                     values.append(tiles.splat(key, layout.to_mgpu()))
                     values.append(chosen.places(_triples(cuts), together=self.together))
                 return tuple(values)

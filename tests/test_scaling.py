@@ -67,3 +67,34 @@ def test_infinite_gradients_stay_what_optax_makes_of_them():
     _, scale, _ = update_as_scale(tx, grads, tx.init(grads), None)
     want, _ = tx.update(grads, tx.init(grads))
     np.testing.assert_array_equal(grads["a"] * scale, want["a"])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_global_norm_is_taken_from_the_sums_given(dtype):
+    grads = {"a": jnp.full(3, 2.0, dtype), "b": jnp.full((2, 2), 3.0, dtype)}
+    asked = []
+
+    def squares():
+        asked.append(1)
+        return jnp.array([16.0, 9.0])  # not those of the leaves, so that the test sees whose are used
+
+    chain = optax.chain(optax.clip_by_global_norm(1.0), optax.scale(0.5))
+    tx = optax.with_extra_args_support(chain)
+    wide = jax.tree.map(lambda x: x.astype("float32"), grads)
+    same, scale, _ = update_as_scale(tx, wide, tx.init(grads), None, squares=squares)
+    assert same is wide
+    np.testing.assert_allclose(scale, 0.5 / 5.0, rtol=1e-6)
+    assert asked == [1]
+
+
+def test_sums_of_other_things_are_left_alone():
+    def update(updates, state, params=None):
+        # Of a multiple, of a part, along one dim, and of no square.
+        total = jnp.sum(jnp.square(2 * updates["a"])) + jnp.sum(updates["a"][1:] ** 2) + jnp.sum(updates["b"])
+        total += jnp.sum(jnp.sum(updates["b"] ** 2, axis=0) ** 3)
+        return jax.tree.map(lambda x: x * total, updates), state
+
+    tx = optax.with_extra_args_support(optax.GradientTransformation(lambda _: (), update))
+    grads = {"a": jnp.arange(3.0), "b": jnp.ones((2, 2))}
+    _, scale, _ = update_as_scale(tx, grads, (), None, squares=lambda: jnp.full(2, jnp.nan))
+    np.testing.assert_allclose(scale, 4 * 5 + 5 + 4 + 2 * 8, rtol=1e-6)

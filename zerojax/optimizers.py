@@ -23,6 +23,7 @@ from pallas_kernels.adam import adam, adam_choice, adam_scalars, adam_step
 from pallas_kernels.dispatch import Choice
 from pallas_kernels.formats import Place
 from pallas_kernels.lamb import TrustRatio, lamb, lamb_choice, lamb_scalars, lamb_step
+from pallas_kernels.squares import squares, squares_choice
 from zerojax import meshes
 from zerojax.plan import Plan
 from zerojax.scaling import update_as_scale
@@ -269,7 +270,8 @@ def chain(*transforms: optax.GradientTransformation) -> optax.GradientTransforma
         # All links at once: behind one that scales, the next wants the scaled gradients. In float32, where a norm of
         # 16-bit gradients would be none.
         wide = jax.tree.map(formats.widen, grads)
-        linked, factor, new = update_as_scale(before, wide, state[:-1], whole(params), **extra)
+        sums = _squares(grads, options.get("plan")) if links else None
+        linked, factor, new = update_as_scale(before, wide, state[:-1], whole(params), squares=sums, **extra)
         grads, factor = (linked, scale) if factor is None else (grads, factor)
         params, last_state = last.apply(grads, state[-1], params, finite=finite, scale=factor, **options)
         return params, (*_keep(finite, new, state[:-1]), last_state)
@@ -437,6 +439,20 @@ def whole(params: PyTree) -> PyTree:
     """Params with each leaf one array, of float32 where it is stored as a format is."""
     plain = lambda x: formats.decode(x) if formats.is_stored(x) else x
     return jax.tree.map(plain, params, is_leaf=formats.is_stored)
+
+
+def _squares(grads: PyTree, plan: Plan | None) -> Callable[[], jax.Array] | None:
+    """Sums of squares of all leaves by one kernel, for links that take a global norm; None where XLA's are to run."""
+    leaves = jax.tree.leaves(grads)
+    chosen = meshes.kernel_implementation() if plan is None else None
+    if not leaves or squares_choice(leaves, implementation=chosen).implementation == "xla":
+        return None
+    if plan is None:
+        return lambda: squares(leaves)
+    specs = plan.treedef.flatten_up_to(plan.update_specs)
+    across = _sum_over_shards(specs)
+    local = lambda *xs: across(squares(xs)[:, None])[:, 0]
+    return lambda: jax.shard_map(local, in_specs=tuple(specs), out_specs=PartitionSpec(), check_vma=False)(*leaves)
 
 
 def _on_shards(

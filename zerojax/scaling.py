@@ -8,10 +8,13 @@ go, where there is one, the gradient that a value is a multiple of, and the fact
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
@@ -21,18 +24,37 @@ _CALLS = frozenset(("jit", "pjit", "closed_call"))
 
 @dataclasses.dataclass(frozen=True)
 class _Value:
-    """A value; the scalar that all its elements are, if so; the leaf that it is a multiple of, if so, and by what."""
+    """A value; the scalar that all its elements are, if so; the leaf that it is a multiple of, if so, and by what.
+
+    `square`: the leaf that it is the square of, if so.
+    """
 
     array: Any
     scalar: Any = None
     leaf: int | None = None
     factor: Any = None
+    square: int | None = None
 
 
 def update_as_scale(
-    tx: optax.GradientTransformationExtraArgs, updates: PyTree, state: PyTree, params: PyTree, **extra_args: Any
+    tx: optax.GradientTransformationExtraArgs,
+    updates: PyTree,
+    state: PyTree,
+    params: PyTree,
+    *,
+    squares: Callable[[], jax.Array] | None = None,
+    **extra_args: Any,
 ) -> tuple[PyTree, jax.Array | None, PyTree]:
     """`tx.update`, its result given as `updates` and a factor where it is that.
+
+    Args:
+      tx: A transformation.
+      updates: What it gets, as all that follow.
+      state: Its state.
+      params: Params.
+      squares: Gives float32[leaves], the sum of squares of each leaf of `updates`: it is called where `tx` takes one,
+        instead of what `tx` does.
+      **extra_args: For `tx`.
 
     Returns:
       `(updates, scale, state)`. Where `tx` multiplies all updates by one number, `updates` are those that came and
@@ -49,7 +71,7 @@ def update_as_scale(
     run = lambda updates: tx.update(updates, state, params, **extra_args)
     closed, shapes = jax.make_jaxpr(run, return_shape=True)(updates)
     one = jnp.float32(1)
-    reader = _Reader([x.dtype for x in leaves])
+    reader = _Reader([x.dtype for x in leaves], one, squares)
     values = reader.read(closed.jaxpr, closed.consts, [_Value(x, None, i, one) for i, x in enumerate(leaves)])
     new, new_state = jax.tree.unflatten(jax.tree.structure(shapes), [v.array for v in values])
     same_tree: bool = jax.tree.structure(new) == treedef  # type: ignore[operator]
@@ -62,8 +84,9 @@ def update_as_scale(
 class _Reader:
     """Runs a jaxpr, operation by operation; equal operations on the same scalars are done once, so that `is` tells."""
 
-    def __init__(self, dtypes: list[Any]) -> None:
-        self._dtypes = dtypes
+    def __init__(self, dtypes: list[Any], one: jax.Array, squares: Callable[[], jax.Array] | None) -> None:
+        self._dtypes, self._one = dtypes, one
+        self._squares = None if squares is None else functools.cache(squares)
         self._done: dict[Any, Any] = {}
 
     def read(self, jaxpr: Jaxpr, consts: list[Any], args: list[_Value]) -> list[_Value]:
@@ -81,16 +104,28 @@ class _Reader:
         if not eqn.effects and all(v.scalar is v.array for v in inputs) and not any(v.aval.shape for v in eqn.outvars):
             arrays = self._once((name, str(eqn.params)), [v.scalar for v in inputs], lambda: _bind(eqn, inputs))
             return [_Value(x, x) for x in arrays]
+        if name == "reduce_sum" and inputs[0].square is not None and not eqn.outvars[0].aval.shape:
+            assert self._squares is not None
+            return [_plain(self._squares()[inputs[0].square].astype(eqn.outvars[0].aval.dtype))]
         arrays = _bind(eqn, inputs)
         if len(arrays) > 1:
             return [_plain(x) for x in arrays]
+        if self._squares is not None and _squares_first(eqn):
+            return [self._note_square(inputs[0], arrays[0])]
         return [self._note(name, inputs, arrays[0])]
+
+    def _note_square(self, x: _Value, array: Any) -> _Value:
+        if x.factor is self._one:
+            return _Value(array, square=x.leaf)
+        return _Value(array, x.scalar * x.scalar if _is_number(x.scalar) else None)
 
     def _note(self, name: str, inputs: list[_Value], array: Any) -> _Value:
         """What is known of the one result of an operation on arrays."""
         if not inputs:
             return _plain(array)
         first, *rest = inputs
+        if name == "add" and first.square is not None and _is_number(rest[0].scalar) and rest[0].scalar == 0:
+            return _Value(array, square=first.square)  # what Optax adds for the imaginary part of a real number
         if name == "broadcast_in_dim" and first.leaf is None:
             return _Value(array, first.scalar)
         if (
@@ -121,11 +156,25 @@ class _Reader:
 
     def _once(self, key: Any, operands: Any, run: Any) -> Any:
         # Operands by identity, or by value where they are numbers of the program; kept, so that no identity is reused.
-        number = lambda x: not isinstance(x, jax.Array) and hasattr(x, "item")
-        known = tuple((str(x.dtype), repr(x.item())) if number(x) else id(x) for x in operands)
+        known = tuple((str(x.dtype), repr(x.item())) if _is_number(x) else id(x) for x in operands)
         if (key, known) not in self._done:
             self._done[key, known] = run(), operands
         return self._done[key, known][0]
+
+
+def _is_number(x: Any) -> bool:
+    """Whether x is a number of the program, not one that is computed when it runs."""
+    return isinstance(x, np.generic | np.ndarray)
+
+
+def _squares_first(eqn: Any) -> bool:
+    """Whether an operation squares its first operand."""
+    name = eqn.primitive.name
+    return (
+        name == "square"
+        or (name == "integer_pow" and eqn.params["y"] == 2)
+        or (name == "mul" and eqn.invars[0] is eqn.invars[1])
+    )
 
 
 def _plain(x: Any) -> _Value:
