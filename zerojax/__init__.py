@@ -1,9 +1,12 @@
 """ZeRO for JAX: optimizer state, gradients and params sharded over a mesh, for any Flax model and Optax optimizer."""
 
+from zerojax.fused import apply as apply
+from zerojax.fused import chain as chain
 from zerojax.gather import gather as gather
 from zerojax.gather import keep_expensive as keep_expensive
-from zerojax.optimizers import apply as apply
-from zerojax.optimizers import chain as chain
+from zerojax.masters import full_precision as full_precision
+from zerojax.masters import master_weights as master_weights
+from zerojax.masters import skip_nonfinite as skip_nonfinite
 from zerojax.optimizers import fused_adam as fused_adam
 from zerojax.optimizers import fused_adamw as fused_adamw
 from zerojax.optimizers import fused_lamb as fused_lamb
@@ -12,9 +15,6 @@ from zerojax.plan import Plan as Plan
 from zerojax.plan import make_plan as make_plan
 from zerojax.precision import LossScale as LossScale
 from zerojax.precision import dynamic_loss_scale as dynamic_loss_scale
-from zerojax.precision import full_precision as full_precision
-from zerojax.precision import master_weights as master_weights
-from zerojax.precision import skip_nonfinite as skip_nonfinite
 from zerojax.precision import static_loss_scale as static_loss_scale
 from zerojax.step import TrainState as TrainState
 from zerojax.step import create_train_state as create_train_state

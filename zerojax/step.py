@@ -11,8 +11,8 @@ import optax
 from jax.sharding import PartitionSpec
 
 from zerojax import meshes
+from zerojax.fused import apply_sharded
 from zerojax.gradients import Layerwise, LossFn, Objective
-from zerojax.optimizers import apply_sharded
 from zerojax.plan import Plan
 from zerojax.precision import LossScale, LossScaleState
 from zerojax.zero import zero
