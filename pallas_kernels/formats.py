@@ -151,12 +151,15 @@ class Tools:
       divide: `divide(a, b)`, a / b.
       floor: The integer below, of numbers of magnitude below 2**22, as int32 and as float32.
       group_max: Gives the largest of each `GROUP` neighbours along the last dim, to each of them.
+      once: Of a value that several arrays are made of. XLA may compute it for each, rounded otherwise in the last bit:
+        halves of two weights, or codes for another exponent.
     """
 
     sqrt: Callable[[Array], Array]
     divide: Callable[[Array, Array], Array]
     floor: Callable[[Array], tuple[Array, Array]]
     group_max: Callable[[Array], Array]
+    once: Callable[[Array], Array] = lambda x: x
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,7 +231,7 @@ class _SplitFormat(Format):
         return lax.bitcast_convert_type(lax.shift_left(upper, _like(16, upper)) | low, jnp.float32)
 
     def encode(self, value: Array, bits: Array | None, tools: Tools) -> list[Array]:
-        exact = lax.bitcast_convert_type(value, jnp.int32)
+        exact = lax.bitcast_convert_type(tools.once(value), jnp.int32)
         upper = lax.shift_right_logical(exact, _like(16, exact)).astype(jnp.int16)
         return [lax.bitcast_convert_type(upper, jnp.bfloat16), exact & _like(65535, exact)]
 
@@ -239,6 +242,7 @@ class _CopiedFormat(Format):
         return frozenset((1,))
 
     def encode(self, value: Array, bits: Array | None, tools: Tools) -> list[Array]:
+        value = tools.once(value)
         return [value.astype(dtype) for dtype in self.dtypes]
 
 
@@ -267,7 +271,7 @@ class _BlocksFormat(Format):
         bound = tools.group_max(jnp.abs(root)) * (1.0001 / (127 if self.signed else 255))
         ceil = lax.bitcast_convert_type(bound, jnp.int32) + _like(0x7FFFFF, bits)
         exponents = lax.shift_right_logical(ceil, _like(23, bits)) - 127
-        exponents = jnp.clip(exponents, _like(-126, bits), _like(126, bits))
+        exponents = tools.once(jnp.clip(exponents, _like(-126, bits), _like(126, bits)))
         scaled = root * _power(-exponents)
         one_to_two = lax.bitcast_convert_type(
             lax.shift_left(self._uniform(bits), _like(7, bits)) | _like(0x3F800000, bits), jnp.float32
@@ -337,7 +341,13 @@ def group_max(x: Array) -> Array:
     return jnp.repeat(largest, GROUP, axis=-1)[..., :n].reshape(x.shape)
 
 
-EXACT = Tools(jnp.sqrt, jnp.divide, lambda x: (jnp.floor(x).astype(jnp.int32), jnp.floor(x)), group_max)
+EXACT = Tools(
+    sqrt=jnp.sqrt,
+    divide=jnp.divide,
+    floor=lambda x: (jnp.floor(x).astype(jnp.int32), jnp.floor(x)),
+    group_max=group_max,
+    once=lax.optimization_barrier,
+)
 
 
 def decode(leaf: Any) -> Array:
