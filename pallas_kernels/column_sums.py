@@ -20,9 +20,8 @@ from pallas_kernels.dispatch import plgpu
 from pallas_kernels.mlir import LANES, WARPS
 from pallas_kernels.rows import FLOAT_BYTES, varying_like
 
-_WARPGROUPS = (
-    4  # of a block, which takes 32 columns of one array: all loads of a few hundred rows are under way at once
-)
+# Of a block, which takes 32 columns of one array: all loads of a few hundred rows are under way at once.
+_WARPGROUPS = 4
 _WARPS = _WARPGROUPS * WARPS
 
 

@@ -55,7 +55,7 @@ class Cut(NamedTuple):
     """How a shard lies along one dim of a leaf, by row-major places: i goes to i + i // period * stride + offset."""
 
     period: int
-    stride: int
+    stride: Any
     offset: Any
 
 
@@ -267,6 +267,9 @@ class _BlocksFormat(Format):
     def encode(self, value: Array, bits: Array | None, tools: Tools) -> list[Array]:
         assert bits is not None
         root = value if self.signed else tools.sqrt(value)
+        # One that is not finite gets the largest code, and leaves its neighbours alone.
+        finite = jnp.abs(root) < _like(math.inf, root)
+        root = jnp.where(finite, root, _like(0.0, root))
         # The least power of two by which all codes fit, with a margin for rounding: 0x7FFFFF carries into the exponent.
         bound = tools.group_max(jnp.abs(root)) * (1.0001 / (127 if self.signed else 255))
         ceil = lax.bitcast_convert_type(bound, jnp.int32) + _like(0x7FFFFF, bits)
@@ -277,13 +280,14 @@ class _BlocksFormat(Format):
             lax.shift_left(self._uniform(bits), _like(7, bits)) | _like(0x3F800000, bits), jnp.float32
         )
         if self.signed:
-            return [tools.floor(scaled + (one_to_two - 1))[0], exponents]
+            codes, _ = tools.floor(scaled + (one_to_two - 1))
+            return [jnp.where(finite, codes, _like(127, codes)), exponents]
         # Unbiased in the moment, not in its root: up in proportion to the way from this code's square to the next's.
         codes, low = tools.floor(scaled)
         up = scaled * scaled - low * low > (one_to_two - 1) * (2 * low + 1)
         codes += _where(up, codes)
         # What is not zero must not become so, since it is divided by; zeros get the least code of their neighbours.
-        return [jnp.maximum(codes, _like(1, codes)), exponents]
+        return [jnp.where(finite, jnp.maximum(codes, _like(1, codes)), _like(255, codes)), exponents]
 
 
 def format_of(leaf: Any, *, half: int | None = None) -> Format:

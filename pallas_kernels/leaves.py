@@ -151,7 +151,8 @@ def _numbers(keys: Keys | None, config: Config) -> tuple[jax.Array | None, bool]
     whole = formats.Cut(2**31 - 1, 0, 0)  # of one that is not cut
     most = max((len(cuts) for cuts in keys.cuts), default=0)
     padded = [[*cuts, *[whole] * (most - len(cuts))] for cuts in keys.cuts]
-    wrapped = lambda x: np.uint32(x % 2**32).view(np.int32) if isinstance(x, int) else jnp.asarray(x, jnp.int32)
+    number = int | np.integer
+    wrapped = lambda x: np.uint32(int(x) % 2**32).view(np.int32) if isinstance(x, number) else jnp.asarray(x, jnp.int32)
     rows = [[wrapped(n) for cut in cuts for n in cut] for cuts in padded]
     together = all(cut.period % config.vector == 0 for cuts in keys.cuts for cut in cuts)
     cuts = jnp.array(rows, jnp.int32).reshape(len(rows), 3 * most)
@@ -310,7 +311,7 @@ class _Launch:
             here = Here(
                 scalars=[scalars_ref[k] for k in range(scalars.size)],
                 factors=[jnp.full(block, factors_ref[0, k]) for k in range(factors.shape[1])],
-                bits=bits_ref[span],
+                bits=None if numbers is None else bits_ref[span],
                 exact=formats.EXACT,
                 fast=formats.EXACT,
             )

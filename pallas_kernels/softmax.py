@@ -8,6 +8,7 @@ backward reads y and dy and writes dx; causal, neither reads the masked half. Ma
 from __future__ import annotations
 
 import functools
+import numbers
 from typing import Any
 
 import jax
@@ -116,7 +117,7 @@ def softmax_choice(
 def _check(x: Any, scale: float, where: Any, bias: Any, causal: bool) -> None:
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"softmax: x must have a real floating dtype, got {x.dtype.name}; cast it first.")
-    if isinstance(scale, jax.Array) or not np.isscalar(scale):
+    if not isinstance(scale, numbers.Real | np.floating | np.integer):
         raise TypeError(
             f"softmax: scale must be a Python number, got {type(scale).__name__}; multiply x by it instead."
         )

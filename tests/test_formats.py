@@ -158,3 +158,11 @@ def test_small_moments_follow_float32_ones():
                 got = np.asarray(formats.decode(stored[name]), np.float64)
                 assert np.linalg.norm(got - want) <= bound * np.linalg.norm(want), (dtype, name)
         np.testing.assert_allclose(losses[-20:].mean(), plain[-20:].mean(), rtol=0.02)
+
+
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_what_is_not_finite_leaves_its_neighbours_alone(signed, bad):
+    x = jnp.full(32, 0.25).at[3].set(bad)
+    got = np.asarray(formats.decode(formats.encode(x, formats.zeros((32,), signed=signed), half=0, seed=0)))
+    np.testing.assert_allclose(np.delete(got, 3), 0.25, rtol=0.02)

@@ -10,6 +10,7 @@ import optax
 import pytest
 
 import zerojax
+from pallas_kernels import formats
 
 INNERS = {
     "adamw": optax.adamw(1e-2),
@@ -143,6 +144,7 @@ def test_a_weight_that_nearly_vanishes_keeps_its_param_and_master_together():
     params = optax.apply_updates(params, updates)
     full = zerojax.full_precision(params, state)["w"]
     assert np.all(np.abs(np.asarray(full) - np.asarray([1e-7, 0, -3e-6])) <= 2.0**-24)
+    same(params["w"], formats.split(full).high)
 
 
 @pytest.mark.parametrize("wrap", [lambda tx: tx, zerojax.master_weights])
@@ -199,3 +201,60 @@ def test_the_table_shows_masters_and_moments_by_dtype():
     inner = zerojax.fused_adamw(1e-3, mu_dtype="bfloat16", nu_dtype="int8")
     last = plan.table(zerojax.master_weights(zerojax.chain(optax.clip(1.0), inner))).splitlines()[-1]
     assert last == "opt_state: masters uint16 32.8 kB, count int32 4 B, mu bfloat16 32.8 kB, nu 8-bit 16.9 kB"
+
+
+WRAPPERS = {
+    "skip": zerojax.skip_nonfinite,
+    "masters": zerojax.master_weights,
+    "both": lambda tx: zerojax.skip_nonfinite(zerojax.master_weights(tx)),
+    "both, nested": lambda tx: zerojax.master_weights(zerojax.skip_nonfinite(tx)),
+}
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_a_clip_before_a_wrapper_clips(name):
+    # By SGD: Adam forgets a factor of its gradients.
+    tx = zerojax.chain(optax.clip_by_global_norm(1.0), WRAPPERS[name](optax.sgd(1.0)))
+    params, grads = {"w": jnp.zeros(4, "bfloat16")}, {"w": jnp.full(4, 100.0)}
+    new, _ = jax.jit(functools.partial(zerojax.apply, tx))(grads, tx.init(params), params)
+    np.testing.assert_allclose(new["w"].astype("float32"), -0.5, rtol=2**-8)
+    plan = zerojax.make_plan(params, models.mesh_of(2), stage=2, min_size=1)
+    state = zerojax.create_train_state(params, tx, plan)
+    loss = lambda params, batch: jnp.mean(batch @ params["w"].astype("float32"))
+    state, _ = zerojax.make_train_step(loss, tx, plan, grad_dtype="float32")(state, jnp.full((2, 4), 100.0))
+    np.testing.assert_allclose(state.params["w"].astype("float32"), -0.5, rtol=2**-8)
+
+
+def test_small_gradients_survive_two_scales():
+    inner = zerojax.master_weights(zerojax.chain(optax.scale(1.0), zerojax.fused_adamw(0.1)), kind="float32")
+    tx = zerojax.chain(optax.clip_by_global_norm(1e-2), inner)
+    params = {"w": jnp.zeros(2, "float16")}
+    _, state = zerojax.apply(tx, {"w": jnp.asarray([6e4, 1e-2], "float16")}, tx.init(params), params)
+    mu = optax.tree.get(state, "mu")["w"]
+    np.testing.assert_allclose(mu, [1e-3, 1e-3 * 1e-2 / 6e4], rtol=1e-3)
+
+
+def test_the_states_of_links_before_a_skip_stay_too():
+    tx = zerojax.chain(optax.trace(0.9), zerojax.skip_nonfinite(optax.sgd(1.0)))
+    params = {"w": jnp.ones(2)}
+    state = tx.init(params)
+    new, after = zerojax.apply(tx, {"w": jnp.asarray([jnp.nan, 1.0])}, state, params)
+    same((new, after[0]), (params, state[0]))
+
+
+def test_trees_with_none_masks_and_shapes_alone():
+    params = {"a": jnp.ones(3, "bfloat16"), "b": None, "c": jnp.ones(2, "bfloat16")}
+    tx = zerojax.master_weights(optax.sgd(1e-4))
+    updates, state = tx.update(params, tx.init(params), params)
+    assert updates["b"] is None
+    np.testing.assert_array_equal(zerojax.full_precision(params, state)["a"].shape, (3,))
+    masked = optax.masked(tx, {"a": True, "b": None, "c": False})
+    full = zerojax.full_precision(params, masked.init(params))
+    assert (full["a"].dtype, full["c"].dtype) == (jnp.float32, jnp.float32)
+    shapes = {"a": jax.ShapeDtypeStruct((4,), "bfloat16"), "b": jax.ShapeDtypeStruct((4,), "float32")}
+    like = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+    for inner in (optax.adam(1e-3), zerojax.fused_adam(1e-3, mu_dtype="int8")):
+        tx = zerojax.master_weights(inner)
+        assert like(tx.init(shapes)) == like(jax.eval_shape(tx.init, shapes))
+    with pytest.raises(TypeError, match="leaf 'a' is a ShapeDtypeStruct"):
+        zerojax.master_weights(optax.adam(1e-3), kind="float32").init(shapes)

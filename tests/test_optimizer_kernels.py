@@ -103,6 +103,21 @@ def test_formats_are_updated_in_place_by_one_launch(kind):
 
 
 @NEW_JAX
+def test_norms_of_ragged_leaves_are_of_whole_leaves():
+    rng = np.random.default_rng(0)
+    draw = lambda: {k: jnp.asarray(rng.standard_normal(s), "float32") for k, s in (("a", (64, 40)), ("b", (96, 64)))}
+    params, grads, new = draw(), draw(), {}
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
+    plan = zerojax.make_plan(params, mesh, stage=1, min_size=1)
+    for implementation in ("interpret", "xla"):
+        tx = zerojax.fused_lamb(0.1, mu_dtype="int8", nu_dtype="int8", implementation=implementation)
+        tx = zerojax.zero(tx, plan)
+        step = jax.jit(functools.partial(zerojax.apply, tx))
+        new[implementation], _ = step(grads, tx.init(params), jax.device_put(params, plan.params))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=0, atol=2e-6), new["interpret"], new["xla"])
+
+
+@NEW_JAX
 def test_a_shard_is_rounded_as_its_part_of_the_whole():
     args, s = stored("bfloat16", shapes=((8, 6, 20),)), pallas_kernels.adam_scalars(3, 1e-2)
     whole = pallas_kernels.adam(*args, s, implementation="interpret")

@@ -63,8 +63,10 @@ def chain(*transforms: optax.GradientTransformation) -> optax.GradientTransforma
         grads: PyTree, state: PyTree, params: PyTree, *, finite: Any = None, scale: Any = None, **options: Any
     ) -> tuple[PyTree, PyTree]:
         extra = {k: v for k, v in options.items() if k != "plan"}
+        if last.skips and finite is None:  # the links' state is to stay as it is, too
+            finite = all_finite(grads)
         if links and scale is not None:  # what the links do to gradients need not be linear
-            grads, scale = jax.tree.map(lambda g: (g * scale).astype(g.dtype), grads), None
+            grads, scale = jax.tree.map(lambda g: formats.widen(g) * scale, grads), None
         # All links at once: behind one that scales, the next wants the scaled gradients. In float32, where a norm of
         # 16-bit gradients would be none.
         wide = jax.tree.map(formats.widen, grads)
@@ -151,18 +153,39 @@ def apply_link(
     *,
     plan: Plan | None = None,
     finite: jax.Array | None = None,
+    scale: jax.Array | None = None,
     **extra_args: Any,
 ) -> tuple[PyTree, PyTree]:
-    """One step of a transformation that may be fused, as `FusedTransformation.apply`, params stored plainly."""
+    """One step of a transformation that may be fused, as `FusedTransformation.apply`."""
     if isinstance(tx, FusedTransformation):
-        return tx.apply(grads, state, params, plan=plan, finite=finite, **extra_args)
-    updates, new_state = optax.with_extra_args_support(tx).update(grads, state, params, **extra_args)
-    return keep(finite, (optax.apply_updates(params, updates), new_state), (params, state))
+        return tx.apply(grads, state, params, plan=plan, finite=finite, scale=scale, **extra_args)
+    exact = any(map(formats.is_stored, jax.tree.leaves(params, is_leaf=formats.is_stored)))
+
+    def scaled(g: jax.Array) -> jax.Array:
+        wide = formats.widen(g) if scale is None else formats.widen(g) * scale
+        return wide if exact else wide.astype(g.dtype)
+
+    full = whole(params)
+    updates, new_state = optax.with_extra_args_support(tx).update(
+        jax.tree.map(scaled, grads), state, full, **extra_args
+    )
+    new = jax.tree.map(
+        lambda like, x: formats.encode(x, like) if formats.is_stored(like) else x,
+        params,
+        optax.apply_updates(full, updates),
+        is_leaf=formats.is_stored,
+    )
+    return keep(finite, (new, new_state), (params, state))
 
 
 def keep(finite: jax.Array | None, new: PyTree, old: PyTree) -> PyTree:
     """`new` where the gradients were finite, else `old`."""
-    return new if finite is None else jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, old)
+    return new if finite is None else formats.keep(finite, new, old)
+
+
+def all_finite(tree: PyTree) -> jax.Array:
+    """Whether no number of a tree is infinite or NaN."""
+    return jnp.all(jnp.array([True, *(jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree))]))
 
 
 def whole(params: PyTree) -> PyTree:

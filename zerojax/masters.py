@@ -10,7 +10,7 @@ import optax
 
 from pallas_kernels import formats
 from zerojax import meshes
-from zerojax.fused import FusedTransformation, apply_link, keep
+from zerojax.fused import FusedTransformation, all_finite, apply_link, keep
 
 PyTree = Any
 KINDS = ("split", "float32")
@@ -30,7 +30,8 @@ def master_weights(inner: optax.GradientTransformation, *, kind: str = "split") 
     """Exact float32 weights behind 16-bit params, for any optimizer.
 
     The model holds 16-bit params; what is updated is float32 weights. Under `zero` the masters are sharded as the
-    optimizer's state is, and what travels is the 16-bit params.
+    optimizer's state is; what travels is the 16-bit params by `zerojax.apply` and the train step, float32 updates by
+    `update`.
 
     Args:
       inner: Any Optax transformation; it sees the float32 weights. A fused one updates them in one pass.
@@ -66,6 +67,8 @@ def master_weights(inner: optax.GradientTransformation, *, kind: str = "split") 
 
     def init(params: PyTree) -> MasterWeightsState:
         masters = jax.tree_util.tree_map_with_path(lambda path, p: _master(path, p, kind), params)
+        if any(isinstance(p, jax.ShapeDtypeStruct) for p in jax.tree.leaves(params)):
+            return MasterWeightsState(masters, inner.init(jax.eval_shape(_full, params, masters)))
         return MasterWeightsState(masters, inner.init(_full(params, masters)))
 
     def update(
@@ -77,20 +80,16 @@ def master_weights(inner: optax.GradientTransformation, *, kind: str = "split") 
         wide = jax.tree.map(formats.widen, updates)
         deltas, inner_state = inner.update(wide, state.inner_state, full, **extra_args)
         weights = optax.apply_updates(full, deltas)
-        pairs = jax.tree.map(_landing, params, state.masters, weights, deltas, is_leaf=lambda x: x is None)
-        first, second = (jax.tree.map(lambda _, pair, k=k: pair[k], params, pairs) for k in (0, 1))
+        treedef: Any = jax.tree.structure(params)
+        leaves = map(treedef.flatten_up_to, (params, state.masters, weights, deltas))
+        pairs = [_landing(*leaf) for leaf in zip(*leaves, strict=True)]
+        first, second = (treedef.unflatten([pair[k] for pair in pairs]) for k in (0, 1))
         return first, MasterWeightsState(second, inner_state)
 
     def apply(
         grads: PyTree, state: MasterWeightsState, params: PyTree, **options: Any
     ) -> tuple[PyTree, MasterWeightsState]:
-        stored = _stored(params, state.masters)
-        if isinstance(inner, FusedTransformation):
-            stored, inner_state = inner.apply(grads, state.inner_state, stored, **options)
-        else:
-            wide = jax.tree.map(formats.widen, grads)
-            full, inner_state = apply_link(inner, wide, state.inner_state, _full(params, state.masters), **options)
-            stored = jax.tree.map(lambda weight, like: formats.encode(weight, like), full, stored)
+        stored, inner_state = apply_link(inner, grads, state.inner_state, _stored(params, state.masters), **options)
         treedef: Any = jax.tree.structure(params)
         leaves = treedef.flatten_up_to(stored)
         return treedef.unflatten([_param(x) for x in leaves]), MasterWeightsState(
@@ -157,7 +156,7 @@ def skip_nonfinite(inner: optax.GradientTransformation) -> FusedTransformation:
     def update(
         updates: PyTree, state: SkipNonfiniteState, params: PyTree | None = None, **extra_args: Any
     ) -> tuple[PyTree, SkipNonfiniteState]:
-        finite = _all_finite(updates)
+        finite = all_finite(updates)
         new, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
         new, inner_state = keep(finite, (new, inner_state), (jax.tree.map(jnp.zeros_like, new), state.inner_state))
         return new, SkipNonfiniteState(state.skipped + ~finite, inner_state)
@@ -165,15 +164,11 @@ def skip_nonfinite(inner: optax.GradientTransformation) -> FusedTransformation:
     def apply(
         grads: PyTree, state: SkipNonfiniteState, params: PyTree, *, finite: jax.Array | None = None, **options: Any
     ) -> tuple[PyTree, SkipNonfiniteState]:
-        here = _all_finite(grads) if finite is None else finite & _all_finite(grads)
+        here = all_finite(grads) if finite is None else finite & all_finite(grads)
         params, inner_state = apply_link(inner, grads, state.inner_state, params, finite=here, **options)
         return params, SkipNonfiniteState(state.skipped + ~here, inner_state)
 
     return FusedTransformation(init, update, apply, skips=True)
-
-
-def _all_finite(tree: PyTree) -> jax.Array:
-    return jnp.all(jnp.array([True, *(jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree))]))
 
 
 def _master(path: tuple[Any, ...], p: Any, kind: str) -> jax.Array | None:
@@ -187,6 +182,11 @@ def _master(path: tuple[Any, ...], p: Any, kind: str) -> jax.Array | None:
     if p.dtype.itemsize > 2:
         return None
     if kind == "float32":
+        if isinstance(p, jax.ShapeDtypeStruct):
+            raise TypeError(
+                f'master_weights: leaf {name!r} is a ShapeDtypeStruct; kind="float32" starts with the params\' values: '
+                "pass arrays, or trace init with jax.eval_shape."
+            )
         return p.astype(jnp.float32)
     if p.dtype != jnp.bfloat16:
         raise TypeError(
@@ -199,8 +199,8 @@ def _master(path: tuple[Any, ...], p: Any, kind: str) -> jax.Array | None:
 def _stored(params: PyTree, masters: PyTree) -> PyTree:
     """Params and masters as the formats that kernels know."""
 
-    def one(p: jax.Array, master: jax.Array | None) -> Any:
-        if master is None:
+    def one(p: jax.Array, master: Any) -> Any:
+        if not hasattr(master, "dtype"):  # None, or optax.MaskedNode
             return p
         return formats.Split(p, master) if master.dtype == jnp.uint16 else formats.Copied(master, p)
 

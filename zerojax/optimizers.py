@@ -72,7 +72,8 @@ def fused_adam(
 
     Returns:
       A transformation whose state is `optax.ScaleByAdamState`. `update` is Optax's in XLA; `zerojax.apply` and the
-      train step run the kernel.
+      train step run the kernel. In `optax.inject_hyperparams` of 16-bit params give `hyperparam_dtype=jnp.float32`:
+      else it rounds b2 to the params' dtype, 0.999 to 1.
 
     Precision:
       float32 arithmetic whatever is stored. Departures from Optax: moments of 16-bit params are float32 by default,

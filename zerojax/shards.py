@@ -61,7 +61,11 @@ def run_on_shards(
     """
     specs = plan.treedef.flatten_up_to(plan.update_specs)
     rows = list(zip(*lists, strict=True))
-    parted = [any(_parts_groups(x, spec, plan.mesh) for x in row) for row, spec in zip(rows, specs, strict=True)]
+    # Nor do kernels serve rows that end within a group; and a norm of such a leaf would be that of a shard.
+    parted = [
+        not all(map(formats.whole_groups, row)) or any(_parts_groups(x, spec, plan.mesh) for x in row)
+        for row, spec in zip(rows, specs, strict=True)
+    ]
     new: list[list[Any]] = [[None] * len(rows) for _ in range(3)]
 
     def collect(some: list[int], result: Any) -> None:
@@ -102,9 +106,10 @@ def _place(leaf: int, shape: tuple[int, ...], spec: PartitionSpec, mesh: meshes.
     for dim in reversed(range(len(shape))):
         if axes := meshes.axis_names(spec[dim] if dim < len(spec) else None):
             n = shape[dim] // meshes.shards(mesh, spec[dim])
-            step = np.uint32(n * behind % 2**32).view(np.int32)
-            stride = (shape[dim] - n) * behind if dim else 0
-            cuts.append(formats.Cut(n * behind, stride, jax.lax.axis_index(axes) * step))
+            wrapped = lambda x: np.uint32(x % 2**32).view(np.int32)
+            stride = wrapped((shape[dim] - n) * behind) if dim else 0
+            offset = jax.lax.axis_index(axes) * wrapped(n * behind)
+            cuts.append(formats.Cut(min(n * behind, 2**32 - 1), stride, offset))
         behind *= shape[dim]
     return Place(leaf, tuple(cuts))
 
