@@ -1,16 +1,19 @@
-"""Eight simulated CPU devices for every test, and one compilation cache for all of them."""
+"""Eight simulated CPU devices for every test, and one compilation cache for all; `-m gpu` alone takes what is there."""
 
 import os
 import pathlib
 
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 " + os.environ.get("XLA_FLAGS", "")
-# Many small programs, each run a few times: on two cores the compiler's effort is the test's time.
-os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=1"
 
-import jax
+def pytest_configure(config):
+    if config.option.markexpr == "gpu":
+        return
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 " + os.environ.get("XLA_FLAGS", "")
+    # Many small programs, each run a few times: on two cores the compiler's effort is the test's time.
+    os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=1"
 
-jax.config.update(
-    "jax_compilation_cache_dir", str(pathlib.Path(__file__).parent.parent / ".cache" / f"jax-{jax.__version__}")
-)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    import jax
+
+    cache = pathlib.Path(__file__).parent.parent / ".cache" / f"jax-{jax.__version__}"
+    jax.config.update("jax_compilation_cache_dir", str(cache))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
