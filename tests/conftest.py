@@ -1,4 +1,4 @@
-"""Eight simulated CPU devices for every test, and one compilation cache for all; `-m gpu` alone takes what is there."""
+"""Eight simulated CPU devices and one compilation cache for all tests, but for `-m gpu`: those run on what is there."""
 
 import os
 import pathlib
