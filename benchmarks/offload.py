@@ -39,7 +39,8 @@ def run_case(case: str, args: argparse.Namespace) -> dict[str, Any]:
     import zerojax
 
     what, _, bucket = case.partition(":")
-    config = dataclasses.replace(gpt.SIZES[args.size], remat=args.remat)
+    config = gpt.SIZES[args.size]
+    config = dataclasses.replace(config, remat=args.remat, unroll=config.layers if args.unrolled else 1)
     model = gpt.GPT(config)
     full = gpt.make_init(model)
     init = lambda key: jax.tree.map(lambda x: x.astype(jnp.bfloat16), full(key))
@@ -127,6 +128,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--remat", action="store_true")
+    parser.add_argument("--unrolled", action="store_true", help="layers side by side, not in a scan")
     parser.add_argument("--case")
     parser.add_argument("--cases", nargs="*", default=CASES)
     parser.add_argument("--out", type=pathlib.Path, default=ROOT / "benchmarks" / "results")
@@ -135,7 +137,7 @@ def main() -> None:
         print(json.dumps(run_case(args.case, args)))
         return
     options = [f"--{k}={getattr(args, k)}" for k in ("size", "stage", "rows", "tokens", "steps")]
-    options += ["--remat"] * args.remat
+    options += ["--remat"] * args.remat + ["--unrolled"] * args.unrolled
     results = []
     for case in args.cases:
         command = [sys.executable, __file__, *options, f"--case={case}"]

@@ -1,16 +1,16 @@
 """Optimizer state in host memory, streamed through the device in buckets.
 
-One program that copies in, updates and copies out keeps a PCIe link busy in one direction at a time: 53 GB/s on an
-H200. So a step whose transformation leaves its work leaf by leaf (`fused.Work`) is several programs, dispatched from
-Python without waiting: what comes before the first leaf, then for each bucket a transfer in, an update in place and a
-transfer out, which overlap with those of its neighbours: 93 GB/s.
+A step whose transformation leaves its work leaf by leaf (`fused.Work`) is several programs, dispatched from Python
+without waiting: first what comes before any leaf, the gradients for one; then one for each bucket, which updates it in
+place while the next one comes in and the last one goes out. XLA hands its copies round to four streams in the order of
+a program's results: so these alternate between the two directions, and each of them has two streams for itself.
 """
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import functools
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -29,8 +29,6 @@ from zerojax.shards import Part, Rule
 from zerojax.zero import ZeroTransformation
 
 PyTree = Any
-AHEAD = 2  # buckets on their way in while one is updated
-HELD = 4  # buckets on the device at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,27 +66,49 @@ class _Row:
 
 @dataclasses.dataclass(frozen=True)
 class _Program:
-    """The update of one bucket; buckets of like leaves share it."""
+    """The update of one bucket; buckets of like leaves share it.
+
+    Attributes:
+      rows: Of the bucket.
+      coming: Specs of the next bucket's pieces.
+      leaving: Specs of the last bucket's pieces.
+    """
 
     plan: Plan
     rule: Rule
     implementation: str | None
     rows: tuple[_Row, ...]
+    coming: tuple[PartitionSpec, ...]
+    leaving: tuple[PartitionSpec, ...]
 
     @functools.cached_property
     def run(self) -> Callable[..., Any]:
-        """`run(kept, moved, grads, scalars, numbers, at) -> (kept, moved)`, lists a row of lists of arrays.
+        """`run(kept, moved, grads, scalars, numbers, at, coming, leaving) -> (kept, moved, copies)`.
 
-        `kept` are whole arrays of the device, of which a row's piece is replaced; `moved` are pieces. Both are donated.
-        `numbers` int32[rows] are the leaves', `at` int32[rows, dims] places in grids.
+        `kept` and `moved`, lists a row of lists of arrays, are donated: whole arrays of the device, of which a row's
+        piece is replaced, and pieces. `numbers` int32[rows] are the leaves', `at` int32[rows, dims] places in grids.
+        `coming` are pieces on the host, `leaving` on the device; `copies` are those on the other side, in turns.
         """
+        mesh = self.plan.mesh
         split_specs = [row.split(row.specs) for row in self.rows]
         specs = tuple([pair[k] for pair in split_specs] for k in (0, 1))
+        update = meshes.on_mesh(mesh, self._update, specs)
+        targets = _in_turns(
+            [NamedSharding(mesh, spec) for spec in self.coming],
+            [NamedSharding(mesh, spec, memory_kind=host.HOST) for spec in self.leaving],
+        )
+
+        def run(
+            kept: Any, moved: Any, grads: Any, scalars: Any, numbers: Any, at: Any, coming: Any, leaving: Any
+        ) -> Any:
+            copies = [jax.device_put(x, to) for x, to in zip(_in_turns(coming, leaving), targets, strict=True)]
+            return *update(kept, moved, grads, scalars, numbers, at), copies
+
         return jax.jit(
-            meshes.on_mesh(self.plan.mesh, self._update, specs),
+            run,
             donate_argnums=(0, 1),
-            out_shardings=meshes.named(self.plan.mesh, specs),
-            compiler_options=meshes.compiler_options(self.plan.mesh),
+            out_shardings=(*meshes.named(mesh, specs), targets),
+            compiler_options=meshes.compiler_options(mesh),
         )
 
     def _update(
@@ -190,64 +210,42 @@ class Streamed:
         ]
         return jax.device_put(new_params, plan.params), self._treedef.unflatten(landed)
 
-    def row(self, work: Work, i: int) -> tuple[_Row, list[int]]:
-        """What is known of a leaf, and the numbers of its arrays."""
-        leaf, spec = self.plan.leaves[i], self.plan.treedef.flatten_up_to(self.plan.update_specs)[i]
-        slots, stored = jax.tree.flatten((work.params[i], work.mu[i], work.nu[i]))
-        rests = [
-            None if x.number < len(self.plan.leaves) else self._rests[x.number - len(self.plan.leaves)] for x in slots
-        ]
-        moved = tuple(rest is not None and rest.on_host for rest in rests)
-        grids = [rest.grid for rest in rests if rest is not None and rest.on_host]
-        grid = max(grids, key=math.prod, default=(1,) * len(leaf.shape))
-        specs = tuple(spec if rest is None else rest.spec for rest in rests)
-        return _Row(leaf.shape, grid, spec, work.decay[i], stored, moved, specs), [x.number for x in slots]
-
-    def program(self, work: Work, rows: tuple[_Row, ...]) -> _Program:
-        """Of a bucket of such rows."""
-        assert work.rule is not None
-        new = _Program(self.plan, work.rule, work.implementation, rows)
-        return self._programs.setdefault((work.rule, work.implementation, rows), new)
-
     def rest(self, number: int) -> Rest:
         """Of an array of the state."""
         return self._rests[number - len(self.plan.leaves)]
 
+    @functools.cached_property
+    def buckets(self) -> list[_Bucket]:
+        """All buckets, in the order of the walk."""
+        assert self._work is not None
+        rows = [self._row(self._work, i) for i in range(len(self._work.params))]
+        return [_Bucket(self, [(i, *rows[i], at) for i, at in entries]) for entries in self._packed(rows)]
 
-class _Walk:
-    """One walk through all buckets."""
+    def program(self, work: Work, b: int) -> _Program:
+        """Of the b-th bucket."""
+        assert work.rule is not None
+        specs = lambda k: self.buckets[k].moved_specs if 0 <= k < len(self.buckets) else ()
+        key = (work.rule, work.implementation, self.buckets[b].rows, specs(b + 1), specs(b - 1))
+        return self._programs.setdefault(key, _Program(self.plan, *key))
 
-    def __init__(self, streamed: Streamed, work: Work, arrays: list[Any], consume: bool) -> None:
-        self._streamed, self._arrays, self._consume = streamed, arrays, consume
-        self._mesh = streamed.plan.mesh
-        self._new: dict[int, list[Any]] = {}  # pieces that are back in host memory, by array
-        rows = [streamed.row(work, i) for i in range(len(work.params))]
-        buckets = self._buckets(rows)
-        ready: collections.deque[list[Any]] = collections.deque()
-        leaving: list[Any] = []
-        for b in range(-AHEAD, len(buckets)):
-            if b + AHEAD < len(buckets):
-                if b + AHEAD >= HELD:
-                    jax.block_until_ready(leaving[b + AHEAD - HELD])
-                ready.append([self._bring(*rows[i], at) for i, at in buckets[b + AHEAD]])
-            if b >= 0:
-                leaving.append(self._update(work, rows, buckets[b], ready.popleft()))
+    def _row(self, work: Work, i: int) -> tuple[_Row, list[int]]:
+        """What is known of a leaf, and the numbers of its arrays."""
+        leaf, spec = self.plan.leaves[i], self.plan.treedef.flatten_up_to(self.plan.update_specs)[i]
+        slots, stored = jax.tree.flatten((work.params[i], work.mu[i], work.nu[i]))
+        numbers = [x.number for x in slots]
+        rests = [None if n < len(self.plan.leaves) else self.rest(n) for n in numbers]
+        moved = tuple(rest is not None and rest.on_host for rest in rests)
+        grids = [rest.grid for rest in rests if rest is not None and rest.on_host]
+        grid = max(grids, key=math.prod, default=(1,) * len(leaf.shape))
+        specs = tuple(spec if rest is None else rest.spec for rest in rests)
+        return _Row(leaf.shape, grid, spec, work.decay[i], stored, moved, specs), numbers
 
-    def at_rest(self, slot: Absent) -> Any:
-        """The new array of a slot, as the plan keeps it."""
-        parts = self._new.get(slot.number)
-        if parts is None:
-            return self._arrays[slot.number]
-        grid = self._streamed.rest(slot.number).grid
-        return parts[0] if len(parts) == 1 else Pieces(tuple(parts), grid)
-
-    def _buckets(self, rows: list[tuple[_Row, list[int]]]) -> list[list[tuple[int, tuple[int, ...]]]]:
+    def _packed(self, rows: list[tuple[_Row, list[int]]]) -> list[list[tuple[int, tuple[int, ...]]]]:
         """Leaves and places in their grids, of each bucket; what does not move comes first, at once."""
-        plan = self._streamed.plan
-        assert plan.offload is not None
+        assert self.plan.offload is not None
         still, small, large = [], [], []
         for i, (row, numbers) in enumerate(rows):
-            size = sum(self._streamed.rest(n).size for n, moved in zip(numbers, row.moved, strict=True) if moved)
+            size = sum(self.rest(n).size for n, moved in zip(numbers, row.moved, strict=True) if moved)
             places = [(i, at) for at in host.places(row.grid)]
             if not any(row.moved):
                 still += places
@@ -260,65 +258,128 @@ class _Walk:
         for size, place in small:
             if size > room:
                 packed.append([])
-                room = plan.offload.bucket_bytes
+                room = self.plan.offload.bucket_bytes
             packed[-1].append(place)
             room -= size
         return [*([still] if still else []), *packed, *large]
 
-    def _bring(self, row: _Row, numbers: list[int], at: tuple[int, ...]) -> list[jax.Array]:
-        """Pieces on their way to the device."""
-        moving = [n for n, moved in zip(numbers, row.moved, strict=True) if moved]
-        pieces = [_part(self._arrays[n], at, row.grid) for n in moving]
-        if not pieces:
-            return []
-        shardings = [NamedSharding(self._mesh, self._streamed.rest(n).spec) for n in moving]
-        here = jax.device_put(pieces, shardings)
+
+class _Bucket:
+    """Pieces that move together.
+
+    Attributes:
+      leaves: Numbers of the rows' leaves.
+      rows: What programs know of them.
+      numbers: int32[rows], `leaves` on the device.
+      at: int32[rows, dims], their places in their grids.
+      moved_specs: Specs of the pieces that move.
+    """
+
+    def __init__(self, streamed: Streamed, entries: list[tuple[int, _Row, list[int], tuple[int, ...]]]) -> None:
+        self.leaves, self.rows, self._arrays, self._at = ([x[k] for x in entries] for k in range(4))
+        self.rows = tuple(self.rows)
+        dims = max(map(len, self._at))
+        everywhere = NamedSharding(streamed.plan.mesh, PartitionSpec())
+        at = np.array([[*at, *[0] * (dims - len(at))] for at in self._at], np.int32).reshape(len(entries), dims)
+        self.numbers, self.at = jax.device_put((np.array(self.leaves, np.int32), at), everywhere)
+        self.moved_specs = tuple(spec for row in self.rows for spec in row.split(row.specs)[1])
+
+    @functools.cached_property
+    def staying(self) -> list[list[int]]:
+        """Numbers of the arrays that stay on the device, a row a list."""
+        return [row.split(numbers)[0] for row, numbers in zip(self.rows, self._arrays, strict=True)]
+
+    @functools.cached_property
+    def moving(self) -> list[list[tuple[int, int]]]:
+        """Numbers of the arrays that move, and of their pieces."""
+        index = lambda row, at: int(np.ravel_multi_index(at, row.grid)) if at else 0
+        return [
+            [(n, index(row, at)) for n in row.split(numbers)[1]]
+            for row, numbers, at in zip(self.rows, self._arrays, self._at, strict=True)
+        ]
+
+
+class _Walk:
+    """One walk through all buckets."""
+
+    def __init__(self, streamed: Streamed, work: Work, arrays: list[Any], consume: bool) -> None:
+        self._streamed, self._arrays, self._consume = streamed, arrays, consume
+        self._new: dict[int, list[Any]] = {}  # pieces that are back in host memory, by array
+        buckets = streamed.buckets
+        mesh = streamed.plan.mesh
+        first, specs = self._pieces(buckets[0]), buckets[0].moved_specs
+        # By a transfer of its own, which need not wait for the gradients.
+        here = jax.device_put(first, [NamedSharding(mesh, spec) for spec in specs]) if first else []
+        self._free(first)
+        before: list[Any] = []
+        for b, bucket in enumerate(buckets):
+            coming = self._pieces(buckets[b + 1]) if b + 1 < len(buckets) else []
+            kept, moved, copies = streamed.program(work, b).run(
+                [[arrays[n] for n in numbers] for numbers in bucket.staying],
+                _like(bucket.moving, here),
+                [work.grads[i] for i in bucket.leaves],
+                work.scalars,
+                bucket.numbers,
+                bucket.at,
+                coming,
+                before,
+            )
+            for numbers, row in zip(bucket.staying, kept, strict=True):
+                for n, x in zip(numbers, row, strict=True):
+                    arrays[n] = x
+            self._free(coming)
+            here, back = _apart(copies, len(coming), len(before))
+            if b:
+                self._keep(buckets[b - 1], back)
+            before = [x for row in moved for x in row]
+        last = [NamedSharding(mesh, spec, memory_kind=host.HOST) for spec in buckets[-1].moved_specs]
+        self._keep(buckets[-1], jax.device_put(before, last) if before else [])
+
+    def at_rest(self, slot: Absent) -> Any:
+        """The new array of a slot, as the plan keeps it."""
+        parts = self._new.get(slot.number)
+        if parts is None:
+            return self._arrays[slot.number]
+        return parts[0] if len(parts) == 1 else Pieces(tuple(parts), self._streamed.rest(slot.number).grid)
+
+    def _pieces(self, bucket: _Bucket) -> list[jax.Array]:
+        """A bucket's pieces on the host."""
+        part = lambda x, k: x.parts[k] if isinstance(x, Pieces) else x
+        return [part(self._arrays[n], k) for row in bucket.moving for n, k in row]
+
+    def _keep(self, bucket: _Bucket, pieces: list[jax.Array]) -> None:
+        """Takes a bucket's new pieces, back on the host."""
+        for (n, _), x in zip((place for row in bucket.moving for place in row), pieces, strict=True):
+            self._new.setdefault(n, []).append(x)
+
+    def _free(self, pieces: list[jax.Array]) -> None:
         if self._consume:
             for x in pieces:
                 x.delete()
-        return here
 
-    def _update(
-        self,
-        work: Work,
-        rows: list[tuple[_Row, list[int]]],
-        bucket: list[tuple[int, tuple[int, ...]]],
-        moved: list[list[jax.Array]],
-    ) -> list[list[jax.Array]]:
-        """Updates a bucket; gives its pieces on their way back."""
-        mine = [rows[i] for i, _ in bucket]
-        staying = [[n for n, moves in zip(numbers, row.moved, strict=True) if not moves] for row, numbers in mine]
-        leaving = [[n for n, moves in zip(numbers, row.moved, strict=True) if moves] for row, numbers in mine]
-        dims = max(len(row.grid) for row, _ in mine)
-        at = np.array([[*at, *[0] * (dims - len(at))] for _, at in bucket], np.int32).reshape(len(bucket), dims)
-        kept, new = self._streamed.program(work, tuple(row for row, _ in mine)).run(
-            [[self._arrays[n] for n in numbers] for numbers in staying],
-            moved,
-            [work.grads[i] for i, _ in bucket],
-            work.scalars,
-            np.array([i for i, _ in bucket], np.int32),
-            at,
-        )
-        for numbers, arrays in zip(staying, kept, strict=True):
-            for n, x in zip(numbers, arrays, strict=True):
-                self._arrays[n] = x
-        to_host = lambda n: NamedSharding(self._mesh, self._streamed.rest(n).spec, memory_kind=host.HOST)
-        out = jax.device_put(new, [[to_host(n) for n in numbers] for numbers in leaving])
-        for numbers, arrays in zip(leaving, out, strict=True):
-            for n, x in zip(numbers, arrays, strict=True):
-                self._new.setdefault(n, []).append(x)
-        return out
+
+def _in_turns(xs: Sequence[Any], ys: Sequence[Any]) -> list[Any]:
+    """One of each in turn, and then what is left of the longer."""
+    shared = min(len(xs), len(ys))
+    return [*itertools.chain(*zip(xs, ys, strict=False)), *xs[shared:], *ys[shared:]]
+
+
+def _apart(both: Sequence[Any], xs: int, ys: int) -> tuple[list[Any], list[Any]]:
+    """What `_in_turns` made of `xs` and `ys` values."""
+    order = _in_turns([True] * xs, [False] * ys)
+    return tuple([x for x, is_x in zip(both, order, strict=True) if is_x == which] for which in (True, False))  # type: ignore[return-value]
+
+
+def _like(rows: Sequence[Sequence[Any]], flat: Sequence[Any]) -> list[list[Any]]:
+    """Values, in lists as long as those of `rows`."""
+    values = iter(flat)
+    return [[next(values) for _ in row] for row in rows]
 
 
 def _free_unless_shared(old: jax.Array, new: jax.Array) -> None:
     """Frees an array of which another layout has been made; an equal layout is the same memory."""
     if not old.sharding.is_equivalent_to(new.sharding, old.ndim):
         old.delete()
-
-
-def _part(x: Any, at: Sequence[int], grid: Sequence[int]) -> jax.Array:
-    """One piece of an array as the plan keeps it."""
-    return x.parts[int(np.ravel_multi_index(at, grid))] if isinstance(x, Pieces) else x
 
 
 def offload_states(state: Any, plan: Plan) -> Any:
