@@ -200,7 +200,7 @@ class Plan:
         for rest, is_moved in zip(leaves, on_host, strict=True):
             if is_moved and rest.param is not None:
                 held[rest.param] += rest.size
-        limit = max(self.offload.bucket_bytes, host.LEAST_BYTES)
+        limit = max(self.offload.filled_bytes, host.LEAST_BYTES)
         grids = [self._grid(leaf, math.ceil(size / limit)) for leaf, size in zip(self.leaves, held, strict=True)]
         for i, rest in enumerate(leaves):
             in_pieces = on_host[i] and unit == "element"
