@@ -140,8 +140,6 @@ def unserved(kind: str, x: Any) -> str | None:
     n, dtype = jnp.shape(x)[-1], jnp.result_type(x)
     if dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
         return f"the kernel takes float32, bfloat16 and float16, not {dtype}"
-    if 0 in jnp.shape(x):
-        return "there is nothing to normalise"
     if not 2 <= n <= _LONGEST[kind]:
         return f"the kernel takes rows of 2 to {_LONGEST[kind]} elements, not of {n}"
     return None
@@ -335,31 +333,32 @@ def _backward(
             ahead = [walk.load_numbers(number_refs, i + 1, turn) for turn in turns]  # not waited for in this tile
 
             def terms(turn: int) -> tuple[Array, ...]:
-                mean, rest, rstd = numbers[turn]
                 x, dy, *more = walk.tile(i, turn)
-                unit = (x - walk.spread(mean)) * walk.spread(rstd) - walk.spread(rest * rstd)
                 factors = held or [walk.columns(w) for w in weight_refs]
-                return unit, dy, dy * factors[0] if factors else dy, *more
+                return x - walk.spread(numbers[turn][0]), dy, dy * factors[0] if factors else dy, *more
 
             rows, told = [], []
             for turn in turns:
-                unit, dy, dunit, *more = terms(turn)
+                centred, dy, dunit, *more = terms(turn)
+                _, rest, rstd = numbers[turn]
+                unit = centred * walk.spread(rstd) - walk.spread(rest * rstd)
                 told += [jnp.sum(dunit * unit, axis=1), jnp.sum(dunit, axis=1)]
-                rows.append((unit, dy, dunit, *more))
+                news = [dy * unit, dy]
+                sums = [a + news[k] for a, k in zip(sums, wanted, strict=True)]
+                rows.append((centred, dy, dunit, *more))
             if walk.grid.shared:
                 told = [_tree(parts) for parts in walk.exchange(i, *told)]
             if walk.grid.config.cluster > 1:
                 told = [_tree(parts) for parts in walk.exchange_blocks(i, *told)]
             for turn in turns:
-                unit, dy, dunit, *more = terms(turn) if config.again else rows[turn]
-                rstd = numbers[turn][2]
+                centred, _, dunit, *more = terms(turn) if config.again else rows[turn]
+                _, rest, rstd = numbers[turn]
                 along, shift = (a * (rstd * (1 / n)) for a in told[2 * turn : 2 * turn + 2])
-                dx = dunit * walk.spread(rstd) - (unit * walk.spread(along) + walk.spread(shift))
+                along = along * rstd
+                dx = dunit * walk.spread(rstd) - (centred * walk.spread(along) + walk.spread(shift - rest * along))
                 if more:
                     dx = dx + more[0]
                 walk.store(dx_out, i, turn, dx)
-                news = [dy * unit, dy]
-                sums = [a + news[k] for a, k in zip(sums, wanted, strict=True)]
             return ahead, sums
 
         start = [walk.load_numbers(number_refs, jnp.int32(0), turn) for turn in turns]
@@ -378,6 +377,7 @@ def _backward(
         numbers_out=0,
         sums_out=len(wanted),
         values=2,
+        last_first=True,  # what the op before wrote or read last is still in the L2 cache
         implementation=implementation,
     )
     sums = iter(

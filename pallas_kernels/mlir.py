@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from jax.experimental.mosaic import gpu as mgpu
@@ -165,3 +165,39 @@ def store_where(condition: ir.Value | None, value: ir.Value, pointer: ir.Value) 
 def product(a: ir.Value, b: ir.Value) -> ir.Value:
     """a * b of float32, rounded: it is never fused with a sum."""
     return llvm.inline_asm(a.type, [a, b], "mul.rn.f32 $0, $1, $2;", "=f,f,f")
+
+
+def rolled(
+    turns: ir.Value, turn: Callable[..., Sequence[ir.Value]], carry: Sequence[ir.Value] = ()
+) -> Sequence[ir.Value]:
+    """A loop of turn(i, *carry) -> carry that no compiler unrolls, so that it takes few registers.
+
+    LLVM leaves alone what it cannot count, ptxas what is marked.
+    """
+    kinds = [turns.type, *[x.type for x in carry]]
+    loop = scf.WhileOp(kinds, [mgpu.c(0, turns.type), *carry])
+    before, after = (region.blocks.append(*kinds) for region in (loop.before, loop.after))
+    with ir.InsertionPoint(before):
+        llvm.inline_asm(None, [], '.pragma "nounroll";', "", has_side_effects=True)
+        scf.condition(less(before.arguments[0], turns), list(before.arguments))
+    with ir.InsertionPoint(after):
+        i, *inner = after.arguments
+        new = turn(i, *inner)
+        scf.yield_([llvm.inline_asm(i.type, [i], "add.s32 $0, $1, 1;", "=r,r"), *new])
+    return list(loop.results)[1:]
+
+
+def widened(x: ir.Value) -> ir.Value:
+    """A vector of floats in float32. Of a word that holds two bfloat16s a shift and a mask give both, an operation each."""
+    kind = ir.VectorType(x.type)
+    size, int32s = kind.shape[0], ir.IntegerType.get_signless(32)
+    if kind.element_type == ir.F32Type.get():
+        return x
+    if kind.element_type != ir.BF16Type.get() or size % 2:
+        return arith.extf(floats(size), x)
+    words = vector.bitcast(ir.VectorType.get((size // 2,), int32s), x)
+    each = []
+    for k in range(size // 2):
+        word = vector.extract(words, [], [k])
+        each += [arith.shli(word, int32(16)), arith.andi(word, int32(-65536))]
+    return vector.bitcast(floats(size), vector.from_elements(ir.VectorType.get((size,), int32s), each))

@@ -21,7 +21,7 @@ import numpy as np
 from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import arith
 
-from pallas_kernels import dispatch, mlir
+from pallas_kernels import dispatch, meetings, mlir
 from pallas_kernels.dispatch import plgpu
 from pallas_kernels.mlir import LANES, WARPS
 from pallas_kernels.softmax_threads import Mask, Row, Spread
@@ -265,7 +265,8 @@ def _launch(
             cluster=config.cluster,
             queries=queries,
         )
-        kinds["scratch_types"] = [plgpu.SMEM((2 * config.warps,), jnp.float32)] if shared else []
+        barriers = meetings.BARRIER_BYTES // 4 if config.cluster > 1 else 0
+        kinds["scratch_types"] = [plgpu.SMEM((2 * config.warps + barriers,), jnp.float32)] if shared else []
         if config.staged:
             held = len(arrays) * spread.pieces * LANES * WARPS * config.warpgroups * spread.vector
             kinds["scratch_types"].append(plgpu.SMEM((held,), dtype))
@@ -293,6 +294,9 @@ def _launch(
             ]
             keep = None if where is None else of_masks.pop()
             first = mlir.to_index(block)
+            if config.cluster > 1:
+                slots_at = mlir.address(slots, mlir.SHARED)
+                meetings.prepare(mlir.at(slots_at, 2 * config.warps * 4))
             if not shared:
                 warp, _ = mlir.thread()
                 first = arith.addi(mlir.times(first, taken), warp)
