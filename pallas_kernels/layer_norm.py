@@ -118,7 +118,9 @@ def layer_norm_choice(
     """
     _check(x, scale, bias, residual)
     arrays = [a for a in (x, scale, bias, residual) if a is not None]
-    choice = dispatch.choose("layer_norm", implementation, arrays, empty=0 in jnp.shape(x), unserved=unserved("forward", x))
+    choice = dispatch.choose(
+        "layer_norm", implementation, arrays, empty=0 in jnp.shape(x), unserved=unserved("forward", x)
+    )
     if choice.implementation != "xla" and (why := unserved("backward", x)):
         return dataclasses.replace(choice, why=f"{choice.why}; the backward pass is XLA's: {why}")
     return choice

@@ -39,18 +39,19 @@ _FORWARD: dict[int, list[tuple[int, int, Config]]] = {
     2: [
         (128, 0, Config(stages=4, blocks=24, turns=2)),
         (256, 0, Config(stages=3, blocks=24, turns=2)),
+        (256, 131072, Config(stages=3, blocks=96, turns=2)),
         (1024, 0, Config(stages=2, blocks=3)),
         (1024, 12288, Config(stages=2, blocks=12)),
         (1024, 49152, Config(stages=2, blocks=48)),
-        (2048, 0, Config(warps=4, stages=3, blocks=6)),
-        (2048, 16384, Config(warps=4, stages=3, blocks=24)),
+        (2048, 0, Config(stages=2, blocks=3)),
+        (2048, 12288, Config(stages=2, blocks=12)),
         (4096, 0, Config(warps=4, stages=2, blocks=3)),
-        (4096, 16384, Config(warps=4, stages=3, blocks=24)),
+        (4096, 8192, Config(warps=4, stages=3, blocks=24)),
         (8192, 0, Config(warps=4, stages=3, blocks=4)),
         (8192, 8192, Config(warps=4, stages=3, blocks=12)),
         (8192, 16384, Config(warps=4, stages=3, blocks=24)),
         (16384, 0, Config(warps=8, warpgroups=2, stages=2)),
-        (16384, 6144, Config(warps=8, warpgroups=2, stages=2, blocks=4)),
+        (16384, 6144, Config(warps=8, warpgroups=2, stages=3, blocks=8)),
     ],
     4: [
         (256, 0, Config(stages=3, blocks=24, turns=2)),
@@ -69,7 +70,7 @@ _BACKWARD: dict[int, list[tuple[int, int, Config]]] = {
         # Two blocks of 384 threads fit a processor by 80 registers a thread.
         (1024, 0, Config(warps=4, warpgroups=3, stages=3, blocks=2)),
         (2048, 0, Config(warps=4, warpgroups=4, stages=3, again=True)),
-        (4096, 0, Config(warps=8, warpgroups=4, stages=3, again=True)),
+        (4096, 0, Config(warps=8, warpgroups=4, stages=4, again=True)),
         (8192, 0, Config(warps=16, warpgroups=4, stages=4)),
     ],
     4: [
@@ -333,32 +334,31 @@ def _backward(
             ahead = [walk.load_numbers(number_refs, i + 1, turn) for turn in turns]  # not waited for in this tile
 
             def terms(turn: int) -> tuple[Array, ...]:
+                mean, rest, rstd = numbers[turn]
                 x, dy, *more = walk.tile(i, turn)
+                unit = (x - walk.spread(mean)) * walk.spread(rstd) - walk.spread(rest * rstd)
                 factors = held or [walk.columns(w) for w in weight_refs]
-                return x - walk.spread(numbers[turn][0]), dy, dy * factors[0] if factors else dy, *more
+                return unit, dy, dy * factors[0] if factors else dy, *more
 
             rows, told = [], []
             for turn in turns:
-                centred, dy, dunit, *more = terms(turn)
-                _, rest, rstd = numbers[turn]
-                unit = centred * walk.spread(rstd) - walk.spread(rest * rstd)
+                unit, dy, dunit, *more = terms(turn)
                 told += [jnp.sum(dunit * unit, axis=1), jnp.sum(dunit, axis=1)]
-                news = [dy * unit, dy]
-                sums = [a + news[k] for a, k in zip(sums, wanted, strict=True)]
-                rows.append((centred, dy, dunit, *more))
+                rows.append((unit, dy, dunit, *more))
             if walk.grid.shared:
                 told = [_tree(parts) for parts in walk.exchange(i, *told)]
             if walk.grid.config.cluster > 1:
                 told = [_tree(parts) for parts in walk.exchange_blocks(i, *told)]
             for turn in turns:
-                centred, _, dunit, *more = terms(turn) if config.again else rows[turn]
-                _, rest, rstd = numbers[turn]
+                unit, dy, dunit, *more = terms(turn) if config.again else rows[turn]
+                rstd = numbers[turn][2]
                 along, shift = (a * (rstd * (1 / n)) for a in told[2 * turn : 2 * turn + 2])
-                along = along * rstd
-                dx = dunit * walk.spread(rstd) - (centred * walk.spread(along) + walk.spread(shift - rest * along))
+                dx = dunit * walk.spread(rstd) - (unit * walk.spread(along) + walk.spread(shift))
                 if more:
                     dx = dx + more[0]
                 walk.store(dx_out, i, turn, dx)
+                news = [dy * unit, dy]
+                sums = [a + news[k] for a, k in zip(sums, wanted, strict=True)]
             return ahead, sums
 
         start = [walk.load_numbers(number_refs, jnp.int32(0), turn) for turn in turns]

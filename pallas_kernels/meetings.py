@@ -49,7 +49,8 @@ class Meeting:
     def tell(self, value: ir.Value, place: ir.Value, block: ir.Value) -> None:
         """By one thread: a float32 to a block of the cluster; `place` is where it would be in our shared memory."""
         _asm(
-            "{ .reg .b32 there, barrier; mapa.shared::cluster.u32 there, $0, $2; mapa.shared::cluster.u32 barrier, $1, $2;"
+            "{ .reg .b32 there, barrier; mapa.shared::cluster.u32 there, $0, $2;"
+            " mapa.shared::cluster.u32 barrier, $1, $2;"
             " st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [there], $3, [barrier]; }",
             "r,r,r,f",
             place,

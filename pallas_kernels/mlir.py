@@ -185,19 +185,3 @@ def rolled(
         new = turn(i, *inner)
         scf.yield_([llvm.inline_asm(i.type, [i], "add.s32 $0, $1, 1;", "=r,r"), *new])
     return list(loop.results)[1:]
-
-
-def widened(x: ir.Value) -> ir.Value:
-    """A vector of floats in float32. Of a word that holds two bfloat16s a shift and a mask give both, an operation each."""
-    kind = ir.VectorType(x.type)
-    size, int32s = kind.shape[0], ir.IntegerType.get_signless(32)
-    if kind.element_type == ir.F32Type.get():
-        return x
-    if kind.element_type != ir.BF16Type.get() or size % 2:
-        return arith.extf(floats(size), x)
-    words = vector.bitcast(ir.VectorType.get((size // 2,), int32s), x)
-    each = []
-    for k in range(size // 2):
-        word = vector.extract(words, [], [k])
-        each += [arith.shli(word, int32(16)), arith.andi(word, int32(-65536))]
-    return vector.bitcast(floats(size), vector.from_elements(ir.VectorType.get((size,), int32s), each))

@@ -285,9 +285,12 @@ class Row:
         if spread.cluster > 1:
             self._tell_blocks(numbers, places, lane)
         else:
-            first_lane = mlir.equal(lane, 0)
-            for number, place in zip(numbers, places, strict=True):
-                mlir.when(first_lane, functools.partial(memref.store, number.registers.item(), self.slots, [place]))
+
+            def tell() -> None:
+                for number, place in zip(numbers, places, strict=True):
+                    memref.store(number.registers.item(), self.slots, [place])
+
+            mlir.when(mlir.equal(lane, 0), tell)
             gpu.barrier()
         first = arith.remui(lane, mlir.index(min(spread.parts, LANES)))
         return [
@@ -481,4 +484,4 @@ def _number(x: ir.Value) -> Number:
 
 
 def _float32(x: ir.Value) -> Number:
-    return _number(mlir.widened(x))
+    return _number(x).astype(ir.F32Type.get())

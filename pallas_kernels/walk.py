@@ -135,7 +135,7 @@ class Walk:
         """What a team has in a turn of the i-th tile of each source, float32; zeros where nothing is."""
         grid = self.grid
         layout = grid.layout.to_mgpu()
-        kinds = tuple(plgpu.ShapeDtypeStruct(grid.block, jnp.float32, layout=grid.layout) for _ in self.sources)
+        kinds = tuple(plgpu.ShapeDtypeStruct(grid.block, a.dtype, layout=grid.layout) for a in self.sources)
 
         @plgpu.inline_mgpu(arg_types=(*[_REF] * (1 + len(self.sources)), *[_SCALAR] * 3), return_type=kinds)
         def run(_: Any, *args: Any) -> tuple[Any, ...]:
@@ -151,15 +151,15 @@ class Walk:
                 registers = np.empty(layout.registers_shape(grid.block), dtype=object)
                 for j, kept in enumerate(place.kept):
                     if grid.config.stages:
-                        registers.flat[j] = mlir.widened(mlir.load(kind, mlir.at(slot, self._stored(s, j))))
+                        registers.flat[j] = mlir.load(kind, mlir.at(slot, self._stored(s, j)))
                     else:
                         there = mlir.every(mlir.less(place.row, grid.rows), kept)
                         read = functools.partial(mlir.load, kind, mlir.at(begin, j * grid.span * grid.itemsize))
-                        registers.flat[j] = mlir.widened(mlir.when(there, read, mlir.zeros(kind)))
+                        registers.flat[j] = mlir.when(there, read, mlir.zeros(kind))
                 results.append(mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None))
             return tuple(results)
 
-        return list(run(*self.sources, self.ring, self.row(i, turn), self.first, i))
+        return [a.astype(jnp.float32) for a in run(*self.sources, self.ring, self.row(i, turn), self.first, i)]
 
     def store(self, ref: Any, i: Array, turn: int, value: Array) -> None:
         """Writes what is there."""
