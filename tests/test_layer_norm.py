@@ -289,6 +289,9 @@ def test_choice_says_why():
     assert why("forward", 50257, "bfloat16") is None
     assert "not of 262145" in why("forward", 2**18 + 1)
     assert "not of 262144" in why("backward", 2**18)
+    slow = lambda n, dtype: ln.slower(jax.ShapeDtypeStruct((2, n), dtype))
+    assert "50257 elements" in slow(50257, "bfloat16")
+    assert not any([slow(50257, "float32"), slow(50256, "bfloat16"), slow(1001, "float16")])
     assert "float8_e5m2" in why("forward", 8, "float8_e5m2")
 
 
