@@ -202,6 +202,17 @@ def test_without_a_plan_no_kernel_runs_on_what_may_be_shards():
         assert text.count("stablehlo.custom_call @mosaic_gpu_v2") == kernels
 
 
+@pytest.mark.parametrize("implementation", [None, *dispatch.IMPLEMENTATIONS])
+@pytest.mark.parametrize("shapes", [(), ((0, 4), (0,))])
+def test_without_elements_any_implementation_gives_them_back(shapes, implementation):
+    args = state(shapes)
+    for op, _, scalars in OPS.values():
+        assert [[x.shape for x in xs] for xs in op(*args, scalars(1, 1e-2), implementation=implementation)] == [
+            list(shapes)
+        ] * 3
+    assert pallas_kernels.squares(args[0], implementation=implementation).tolist() == [0.0] * len(shapes)
+
+
 def test_bad_input_is_refused_by_name():
     params, grads, mu, nu = state()
     s = pallas_kernels.adam_scalars(1, 1e-2)
