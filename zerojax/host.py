@@ -225,7 +225,7 @@ class Rest:
 
     name: str
     shape: tuple[int, ...]
-    dtype: np.dtype
+    dtype: Any
     spec: PartitionSpec
     size: int
     param: int | None
@@ -283,4 +283,4 @@ class Absent:
 
     number: int
     shape: tuple[int, ...]
-    dtype: np.dtype
+    dtype: Any

@@ -168,7 +168,7 @@ class Plan:
         def rest(path: tuple[Any, ...], x: jax.ShapeDtypeStruct) -> Rest:
             param, spec = self._spec_of(numbers, path, x.shape)
             size = layout.shard_bytes(self.mesh, x, spec)
-            return Rest(meshes.path_name(path), x.shape, np.dtype(x.dtype), spec, size, param, grid=(1,) * x.ndim)
+            return Rest(meshes.path_name(path), x.shape, x.dtype, spec, size, param, grid=(1,) * x.ndim)
 
         rests = jax.tree_util.tree_map_with_path(rest, state)
         return rests if self.offload is None else self._offloaded(rests, unit)
