@@ -300,6 +300,7 @@ class _Walk:
     def __init__(self, streamed: Streamed, work: Work, arrays: list[Any], consume: bool) -> None:
         self._streamed, self._arrays, self._consume = streamed, arrays, consume
         self._new: dict[int, list[Any]] = {}  # pieces that are back in host memory, by array
+        self._read: dict[int, list[Any]] = {}  # old pieces that may be freed, by bucket
         self._mesh = streamed.plan.mesh
         buckets = streamed.buckets
         coming = [self._bring(bucket) for bucket in buckets[:AHEAD]]
@@ -307,11 +308,13 @@ class _Walk:
         last: list[jax.Array] = []
         left: list[jax.Array] = []
         for b, bucket in enumerate(buckets):
+            # Memory is taken by the call, however far Python is ahead of the device: so the program before the last
+            # has to be done. `host.LIVE` buckets are on the device then.
+            last_but_one, last = last, left
+            jax.block_until_ready(last_but_one[:1])
+            if b >= 2:
+                self._free(buckets[b - 2])
             if b + AHEAD < len(buckets):
-                # Memory is taken by the call, however far Python is ahead of the device: so the program before the last
-                # has to be done. `host.LIVE` buckets are on the device then.
-                last_but_one, last = last, left
-                jax.block_until_ready(last_but_one[:1])
                 coming.append(self._bring(buckets[b + AHEAD]))
             kept, moved, left = streamed.program(work, b).run(
                 [[arrays[n] for n in numbers] for numbers in bucket.staying],
@@ -330,6 +333,8 @@ class _Walk:
             leaving = [x for row in moved for x in row]
         out = [NamedSharding(self._mesh, spec, memory_kind=host.HOST) for spec in buckets[-1].moved_specs]
         self._keep(buckets[-1], jax.device_put(leaving, out) if leaving else [])
+        for bucket in buckets[-2:]:
+            self._free(bucket)
 
     def at_rest(self, slot: Absent) -> Any:
         """The new array of a slot, as the plan keeps it."""
@@ -344,11 +349,14 @@ class _Walk:
         pieces = [part(self._arrays[n], k) for row in bucket.moving for n, k in row]
         if not pieces:
             return []
-        here = jax.device_put(pieces, [NamedSharding(self._mesh, spec) for spec in bucket.moved_specs])
         if self._consume:
-            for x in pieces:
-                x.delete()
-        return here
+            self._read[id(bucket)] = pieces
+        return jax.device_put(pieces, [NamedSharding(self._mesh, spec) for spec in bucket.moved_specs])
+
+    def _free(self, bucket: _Bucket) -> None:
+        """Frees a bucket's old pieces, which have been read: earlier, the device's next program would wait for that."""
+        for x in self._read.pop(id(bucket), []):
+            x.delete()
 
     def _keep(self, bucket: _Bucket, pieces: list[jax.Array]) -> None:
         """Takes a bucket's new pieces, back on the host."""
