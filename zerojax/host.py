@@ -25,7 +25,7 @@ from zerojax import meshes
 PyTree = Any
 HOST, DEVICE = "pinned_host", "device"
 _POOL = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
-LIVE = 5  # buckets on the device at once: one leaves, one is updated or waits to leave, the others come in
+LIVE = 4  # buckets on the device at once: one leaves, one is or will be updated, two come in
 LEAST_BYTES = 2**20  # of a piece: the time of a smaller transfer is its latency
 
 

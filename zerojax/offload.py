@@ -28,7 +28,6 @@ from zerojax.shards import Part, Rule
 from zerojax.zero import ZeroTransformation
 
 PyTree = Any
-AHEAD = 2  # buckets on their way in while one is updated
 
 
 @dataclasses.dataclass(frozen=True)
@@ -279,6 +278,7 @@ class _Bucket:
       numbers: int32[pieces], `leaves` on the device.
       at: int32[pieces, dims], places in grids.
       moved_specs: Specs of what moves.
+      shardings: Of what moves, on the device.
     """
 
     def __init__(self, pieces: Sequence[_Piece], plan: Plan) -> None:
@@ -287,6 +287,7 @@ class _Bucket:
         self.staying = [piece.staying for piece in pieces]
         self.moving = [piece.moving for piece in pieces]
         self.moved_specs = tuple(spec for row in self.rows for spec in row.split(row.specs)[1])
+        self.shardings = [NamedSharding(plan.mesh, spec) for spec in self.moved_specs]
         dims = max(len(piece.at) for piece in pieces)
         at = np.array([[*piece.at, *[0] * (dims - len(piece.at))] for piece in pieces], np.int32)
         leaves = np.array(self.leaves, np.int32)
@@ -303,7 +304,7 @@ class _Walk:
         self._read: dict[int, list[Any]] = {}  # old pieces that may be freed, by bucket
         self._mesh = streamed.plan.mesh
         buckets = streamed.buckets
-        coming = [self._bring(bucket) for bucket in buckets[:AHEAD]]
+        coming = [self._bring(buckets[0])]
         leaving: list[jax.Array] = []
         last: list[jax.Array] = []
         left: list[jax.Array] = []
@@ -314,8 +315,8 @@ class _Walk:
             jax.block_until_ready(last_but_one[:1])
             if b >= 2:
                 self._free(buckets[b - 2])
-            if b + AHEAD < len(buckets):
-                coming.append(self._bring(buckets[b + AHEAD]))
+            if b + 1 < len(buckets):
+                coming.append(self._bring(buckets[b + 1]))
             kept, moved, left = streamed.program(work, b).run(
                 [[arrays[n] for n in numbers] for numbers in bucket.staying],
                 _like(bucket.moving, coming.pop(0)),
@@ -351,7 +352,7 @@ class _Walk:
             return []
         if self._consume:
             self._read[id(bucket)] = pieces
-        return jax.device_put(pieces, [NamedSharding(self._mesh, spec) for spec in bucket.moved_specs])
+        return jax.device_put(pieces, bucket.shardings)
 
     def _free(self, bucket: _Bucket) -> None:
         """Frees a bucket's old pieces, which have been read: earlier, the device's next program would wait for that."""
