@@ -162,8 +162,8 @@ def markdown(results: dict[str, Any]) -> str:
         f"`{results['command']}`, jax {results['jax']}, Python {results['python']}, commit {results['commit']}.",
         "",
         f"The byte GPT of benchmarks/precision.py, {results['steps']} steps. Errors are relative L2 against float32, "
-        "the mean over leaves and over the last half of the steps, all moments fed the same gradients; held-out loss of a "
-        f"training of its own with b2 = {precision.B2}, nats a byte, mean of {seeds} seeds.",
+        "the mean over leaves and over the last half of the steps, all moments fed the same gradients; held-out loss "
+        f"of a training of its own with b2 = {precision.B2}, nats a byte, mean of {seeds} seeds.",
         "",
         "| root of the moment, group | nu, b2 = 0.999 | update | nu, b2 = 0.95 | update | held-out loss | "
         "against float32 |",

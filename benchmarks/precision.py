@@ -171,8 +171,8 @@ def markdown(results: dict[str, Any]) -> str:
         f"documentation and library are the text), commit {results['commit']}.",
         "",
         f"A byte GPT of 0.8M params, {results['steps']} steps of {ROWS} x 128 bytes, AdamW with b2 = {B2} behind a "
-        f"clip by global norm. Held-out loss in nats a byte over {results['held_out_batches']} batches of {ROWS} rows, mean "
-        f"of {seeds} seeds (weights and order of the data); the difference to float32 seed by seed, its mean and range. "
+        f"clip by global norm. Held-out loss in nats a byte over {results['held_out_batches']} batches of {ROWS} rows, "
+        f"mean of {seeds} seeds (weights and order of data); the difference to float32 seed by seed, mean and range. "
         "Bytes a param at rest on one device: params and optimizer state.",
         "",
         "| variant | bytes a param | held-out loss | against float32 | range | steps skipped |",
