@@ -11,6 +11,7 @@ import pytest
 
 import zerojax
 from pallas_kernels import formats
+from zerojax import report
 
 INNERS = {
     "adamw": optax.adamw(1e-2),
@@ -111,6 +112,18 @@ def test_bytes_of_a_param(dtype, state_bytes):
     assert held(state.params) == 2 * count
     assert held(state.opt_state) == state_bytes * count / 8 + 4  # and the count of steps
     assert plan.memory(tx).opt_state == held(state.opt_state)
+
+
+@pytest.mark.parametrize("kind", ["split", "float32"])
+@pytest.mark.parametrize("stage", [1, 2])
+def test_what_is_gathered_after_an_update_is_16_bit_params(stage, kind):
+    params = {"w": jnp.ones((256, 64), "bfloat16")}
+    plan = zerojax.make_plan(params, models.mesh_of(4), stage=stage)
+    tx = zerojax.zero(zerojax.master_weights(zerojax.fused_adamw(1e-3), kind=kind), plan)
+    state = zerojax.create_train_state(params, tx, plan)
+    step = zerojax.make_train_step(lambda params, x: jnp.mean(x @ params["w"]), tx, plan)
+    hlo = step.lower(state, np.ones((4, 256), np.float32)).compile().as_text()
+    assert report.result_bytes(hlo, "all-gather") == [2 * 256 * 64]
 
 
 def test_a_model_trains_with_split_masters_and_small_moments():

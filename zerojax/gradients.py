@@ -63,8 +63,8 @@ class Objective:
             )
         if self.reduce not in REDUCTIONS:
             raise ValueError(f"reduce must be one of {REDUCTIONS}, got {self.reduce!r}.")
-        if self.grad_dtype is not None and not jnp.issubdtype(self.grad_dtype, jnp.floating):
-            raise ValueError(f"grad_dtype must be a floating dtype, got {self.grad_dtype!r}.")
+        if self.grad_dtype is not None and not _is_floating(self.grad_dtype):
+            raise ValueError(f"grad_dtype must be a floating dtype, float32 or bfloat16 say, got {self.grad_dtype!r}.")
         if self.layerwise is not None and not any(map(self._named_by_layerwise, self.plan.leaves)):
             names = [leaf.name for leaf in self.plan.leaves[:8]]
             more = ["..."] * (len(self.plan.leaves) > 8)
@@ -314,3 +314,10 @@ class Objective:
 def _solid(leaf: Leaf) -> bool:
     """Whether a leaf has elements. An empty gradient computed inside a shard_map crashes jaxlib 0.11 on a CPU."""
     return 0 not in leaf.shape
+
+
+def _is_floating(dtype: Any) -> bool:
+    try:
+        return jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+    except TypeError:  # no dtype at all
+        return False
