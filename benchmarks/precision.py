@@ -163,7 +163,8 @@ def difference(results: dict[str, Any], name: str) -> list[float]:
 
 def markdown(results: dict[str, Any]) -> str:
     """The page under results/."""
-    seeds = len(results["runs"][EXACT])
+    count = len(results["runs"][EXACT])
+    seeds = "one seed" if count == 1 else f"mean of {count} seeds"
     lines = [
         f"# Training in fewer bits on {results['device']}, {results['date']}",
         "",
@@ -172,7 +173,7 @@ def markdown(results: dict[str, Any]) -> str:
         "",
         f"A byte GPT of 0.8M params, {results['steps']} steps of {ROWS} x 128 bytes, AdamW with b2 = {B2} behind a "
         f"clip by global norm. Held-out loss in nats a byte over {results['held_out_batches']} batches of {ROWS} rows, "
-        f"mean of {seeds} seeds (weights and order of data); the difference to float32 seed by seed, mean and range. "
+        f"{seeds} (weights and order of data); the difference to float32 seed by seed, mean and range. "
         "Bytes a param at rest on one device: params and optimizer state.",
         "",
         "| variant | bytes a param | held-out loss | against float32 | range | steps skipped |",
@@ -201,7 +202,7 @@ def plot(results: dict[str, Any], path: pathlib.Path) -> None:
         right.plot(steps, 100 * (curve(name) / curve(EXACT) - 1).mean(0), **style)
     right.axhspan(-0.5, 0.5, color="0.9", zorder=0)
     right.set(xlabel="step", ylabel="held-out loss above float32's, %", ylim=(-1, 3))
-    left.set(xlabel="step", ylabel="held-out loss, nats a byte", yscale="log")
+    left.set(xlabel="step", ylabel="held-out loss, nats a byte")
     for axes in (left, right):
         axes.grid(alpha=0.3)
     left.legend(frameon=False, fontsize=8)
