@@ -134,7 +134,8 @@ def compile_variant(variant: Variant, steps: int, train: np.ndarray, held_out: n
     step = zerojax.make_train_step(loss_fn, tx, plan, loss_scale=scale)
     eval_step = zerojax.make_eval_step(loss_fn, plan)
     state = create(0)
-    many = jax.jit(lambda state, batches: jax.lax.scan(step, state, batches), donate_argnums=0)
+    layout = (jax.tree.map(lambda x: x.sharding, state), None)
+    many = jax.jit(lambda state, batches: jax.lax.scan(step, state, batches), donate_argnums=0, out_shardings=layout)
     mean = jax.jit(lambda params, batches: jnp.mean(jax.lax.map(lambda rows: eval_step(params, rows)["loss"], batches)))
     held = report.device_bytes(state.params), report.device_bytes(state.opt_state) * mesh.size
     return Program(
