@@ -99,10 +99,10 @@ def initial(model: gpt.GPT, seed: jax.Array) -> Any:
     return jax.tree.map(lambda x: x.astype("bfloat16").astype("float32"), gpt.make_init(model)(jax.random.key(seed)))
 
 
-def training_batches(data: text.Text, first: int, count: int, seed: int) -> np.ndarray:
+def training_batches(data: text.Text, first: int, count: int, seed: int, rows: int) -> np.ndarray:
     """int32 [count, rows, tokens + 1], of steps `first` and after."""
     tokens = gpt.GPTConfig().context
-    return np.stack([text.batch_at(data.train, first + i, rows=ROWS, tokens=tokens, seed=seed) for i in range(count)])
+    return np.stack([text.batch_at(data.train, first + i, rows=rows, tokens=tokens, seed=seed) for i in range(count)])
 
 
 def held_out_batches(data: text.Text, count: int) -> np.ndarray:
@@ -150,7 +150,7 @@ def run(program: Program, data: text.Text, held_out: np.ndarray, steps: int, see
     """Trains once."""
     state, losses, clock = program.create(seed), [], time.perf_counter()
     for first in range(0, steps, EVERY):
-        state, metrics = program.train(state, training_batches(data, first, EVERY, seed))
+        state, metrics = program.train(state, training_batches(data, first, EVERY, seed, ROWS))
         losses.append(program.evaluate(state.params, held_out))
     found = [round(float(x), 5) for x in losses]
     return {"held_out": found, "skipped": int(metrics["skipped"][-1]), "s": round(time.perf_counter() - clock, 2)}
@@ -227,7 +227,7 @@ def main() -> None:
         return
     jax.config.update("jax_default_matmul_precision", "highest")
     data = text.load()
-    held_out, example = held_out_batches(data, args.held_out_batches), training_batches(data, 0, EVERY, 0)
+    held_out, example = held_out_batches(data, args.held_out_batches), training_batches(data, 0, EVERY, 0, ROWS)
     with futures.ThreadPoolExecutor() as pool:
         compiled = pool.map(lambda variant: compile_variant(variant, args.steps, example, held_out), VARIANTS.values())
         programs = dict(zip(VARIANTS, compiled, strict=True))

@@ -65,7 +65,9 @@ def test_stored_moments_are_unbiased_and_within_their_resolution(name):
 def test_candidates_are_measured_and_trained(tiny, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(moment_maps, "STORES", {name: moment_maps.STORES[name] for name in ("float32", "linear, 32")})
     monkeypatch.setattr(moment_maps, "TRAINED", ("float32",))
-    monkeypatch.setattr(sys, "argv", ["moment_maps.py", "--steps=4", "--held-out-batches=1", f"--out={tmp_path}"])
+    monkeypatch.setattr(
+        sys, "argv", ["moment_maps.py", "--steps=4", "--rows=8", "--held-out-batches=1", f"--out={tmp_path}"]
+    )
     moment_maps.main()
     (path,) = tmp_path.glob("*.json")
     stores = json.loads(path.read_text())["stores"]
