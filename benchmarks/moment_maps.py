@@ -161,6 +161,7 @@ def compile_training(store: Store, steps: int, b2: float, batches: np.ndarray, h
 def markdown(results: dict[str, Any]) -> str:
     """The page under results/."""
     exact = results["stores"][EXACT]["losses"]
+    seeds = "one seed" if len(exact) == 1 else f"mean over {len(exact)} seeds"
     lines = [
         f"# Second moments in 8 bits on {results['device']}, {results['date']}",
         "",
@@ -170,7 +171,7 @@ def markdown(results: dict[str, Any]) -> str:
         f"b2 = {precision.B2}. Errors are relative L2 against float32, the mean over leaves and the last half of "
         "the steps, all moments fed the same gradients. "
         f"Held-out loss in nats a byte, over {results['held_out_batches']} batches, of a training of its own, and the "
-        f"difference to the first: mean over {len(exact)} seeds.",
+        f"difference to the first: {seeds}.",
         "",
         "| root of the moment, group | error of nu | error of the update | held-out loss | against float32 |",
         "|---|---|---|---|---|",
