@@ -88,7 +88,7 @@ def run_case(case: str, args: argparse.Namespace) -> dict[str, Any]:
         "device": f"{plan.mesh.size} x {device.device_kind}",
         "jax": jax.__version__,
     }
-    if plan.offload is not None:
+    if plan.offload is not None and args.walk:
         walks = [_walk(state, tx) for _ in range(3)]
         result["walk_ms"] = round(min(walks[1:]) * 1e3, 1)
         result["gb_per_s"] = round(2 * memory.host / min(walks[1:]) / 1e9, 1)
@@ -137,6 +137,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--remat", action="store_true")
     parser.add_argument("--unrolled", action="store_true", help="layers side by side, not in a scan")
+    parser.add_argument("--no-walk", dest="walk", action="store_false", help="not the update alone, which takes a copy")
     parser.add_argument("--case")
     parser.add_argument("--cases", nargs="*", default=CASES)
     parser.add_argument("--out", type=pathlib.Path, default=ROOT / "benchmarks" / "results")
@@ -146,6 +147,7 @@ def main() -> None:
         return
     options = [f"--{k}={getattr(args, k)}" for k in ("size", "stage", "rows", "tokens", "steps")]
     options += ["--remat"] * args.remat + ["--unrolled"] * args.unrolled
+    options += ["--no-walk"] * (not args.walk)
     results = []
     for case in args.cases:
         command = [sys.executable, __file__, *options, f"--case={case}"]
