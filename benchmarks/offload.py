@@ -159,7 +159,7 @@ def main() -> None:
         print({k: v for k, v in results[-1].items() if k not in ("device", "jax")}, flush=True)
     args.out.mkdir(parents=True, exist_ok=True)
     name = f"offload-{args.size}-{results[0]['device'].replace(' x ', 'x').replace(' ', '-')}".lower()
-    shown = f"python benchmarks/offload.py {' '.join(options)}"
+    shown = f"python benchmarks/offload.py {' '.join([*options, '--cases', *args.cases])}"
     page = {"command": shown, "date": str(datetime.date.today()), "cases": results}
     (args.out / f"{name}.json").write_text(json.dumps(page, indent=1))
     (args.out / f"{name}.md").write_text(markdown(results, shown))

@@ -168,38 +168,27 @@ class Streamed:
         )
         return list(work.grads), (work.scalars, work.rest)
 
-    def finish(
-        self, begun: tuple[list[Any], Any], opt_state: PyTree, params: PyTree, *, consume: bool
-    ) -> tuple[PyTree, PyTree]:
-        """Does the rest, bucket by bucket.
+    def walk(self, opt_state: PyTree, params: PyTree, *, consume: bool) -> Walk:
+        """Brings the first buckets; call it before what comes before them is dispatched, so that both go on at once.
 
         Args:
-          begun: Of `begin`.
           opt_state: As the plan keeps it.
           params: As the plan keeps them.
           consume: Whether the arrays of both may be freed as soon as they have been read.
-
-        Returns:
-          New `(params, opt_state)`.
         """
-        plan = self.plan
+        return Walk(self, params, self._treedef.flatten_up_to(opt_state), consume)
+
+    def work(self, begun: tuple[list[Any], Any]) -> Work:
+        """What is to be done, of what `begin` returned."""
         assert self._work is not None
         grads, (scalars, rest) = begun
-        work = dataclasses.replace(self._work, grads=grads, scalars=scalars, rest=rest)
-        specs = meshes.named(plan.mesh, plan.update_specs)
-        working = jax.device_put(params, specs)
-        if not consume:
-            working = jax.tree.map(lambda x, s: jax.jit(jnp.copy, out_shardings=s)(x), working, specs)
-        else:
-            jax.tree.map(_free_unless_shared, params, working)
-        walk = _Walk(self, work, [*jax.tree.leaves(working), *self._treedef.flatten_up_to(opt_state)], consume)
-        new = [[jax.tree.map(walk.at_rest, x) for x in column] for column in (work.params, work.mu, work.nu)]
-        new_params, new_state = work.finish(work.rest, new)
-        landed = [
-            x if rest.param is not None else jax.device_put(x.astype(rest.dtype), rest.sharding(plan.mesh))
-            for x, rest in zip(self._treedef.flatten_up_to(new_state), self._rests, strict=True)
-        ]
-        return jax.device_put(new_params, plan.params), self._treedef.unflatten(landed)
+        return dataclasses.replace(self._work, grads=grads, scalars=scalars, rest=rest)
+
+    def landed(self, opt_state: PyTree) -> PyTree:
+        """A new state, its small arrays where the plan wants them, too."""
+        pairs = zip(self._treedef.flatten_up_to(opt_state), self._rests, strict=True)
+        put = lambda x, rest: jax.device_put(x.astype(rest.dtype), rest.sharding(self.plan.mesh))
+        return self._treedef.unflatten(x if rest.param is not None else put(x, rest) for x, rest in pairs)
 
     def rest(self, number: int) -> Rest:
         """Of an array of the state."""
@@ -295,16 +284,34 @@ class _Bucket:
         self.numbers, self.at = jax.device_put((leaves, at.reshape(len(leaves), dims)), everywhere)
 
 
-class _Walk:
+class Walk:
     """One walk through all buckets."""
 
-    def __init__(self, streamed: Streamed, work: Work, arrays: list[Any], consume: bool) -> None:
-        self._streamed, self._arrays, self._consume = streamed, arrays, consume
+    def __init__(self, streamed: Streamed, params: PyTree, state: list[Any], consume: bool) -> None:
+        self._streamed, self._plan, self._consume = streamed, streamed.plan, consume
+        self._params = params
+        self._arrays = [*[None] * len(streamed.plan.leaves), *state]
         self._new: dict[int, list[Any]] = {}  # pieces that are back in host memory, by array
         self._read: dict[int, list[Any]] = {}  # old pieces that may be freed, by bucket
-        self._mesh = streamed.plan.mesh
-        buckets = streamed.buckets
-        coming = [self._bring(buckets[0])]
+        self._coming = [self._bring(bucket) for bucket in streamed.buckets[:2]]
+
+    def finish(self, begun: tuple[list[Any], Any]) -> tuple[PyTree, PyTree]:
+        """Updates all buckets; new `(params, opt_state)`, by what `Streamed.begin` returned."""
+        work, plan = self._streamed.work(begun), self._plan
+        specs = meshes.named(plan.mesh, plan.update_specs)
+        working = jax.device_put(self._params, specs)
+        if not self._consume:
+            working = jax.tree.map(lambda x, s: jax.jit(jnp.copy, out_shardings=s)(x), working, specs)
+        else:
+            jax.tree.map(_free_unless_shared, self._params, working)
+        self._arrays[: len(plan.leaves)] = jax.tree.leaves(working)
+        self._run(work)
+        new = [[jax.tree.map(self._at_rest, x) for x in column] for column in (work.params, work.mu, work.nu)]
+        params, opt_state = work.finish(work.rest, new)
+        return jax.device_put(params, plan.params), self._streamed.landed(opt_state)
+
+    def _run(self, work: Work) -> None:
+        buckets = self._streamed.buckets
         leaving: list[jax.Array] = []
         last: list[jax.Array] = []
         left: list[jax.Array] = []
@@ -315,11 +322,11 @@ class _Walk:
             jax.block_until_ready(last_but_one[:1])
             if b >= 2:
                 self._free(buckets[b - 2])
-            if b + 1 < len(buckets):
-                coming.append(self._bring(buckets[b + 1]))
-            kept, moved, left = streamed.program(work, b).run(
-                [[arrays[n] for n in numbers] for numbers in bucket.staying],
-                _like(bucket.moving, coming.pop(0)),
+            if 1 <= b < len(buckets) - 1:
+                self._coming.append(self._bring(buckets[b + 1]))
+            kept, moved, left = self._streamed.program(work, b).run(
+                [[self._arrays[n] for n in numbers] for numbers in bucket.staying],
+                _like(bucket.moving, self._coming.pop(0)),
                 [work.grads[i] for i in bucket.leaves],
                 work.scalars,
                 bucket.numbers,
@@ -328,16 +335,16 @@ class _Walk:
             )
             for numbers, row in zip(bucket.staying, kept, strict=True):
                 for n, x in zip(numbers, row, strict=True):
-                    arrays[n] = x
+                    self._arrays[n] = x
             if b:
                 self._keep(buckets[b - 1], left)
             leaving = [x for row in moved for x in row]
-        out = [NamedSharding(self._mesh, spec, memory_kind=host.HOST) for spec in buckets[-1].moved_specs]
+        out = [NamedSharding(self._plan.mesh, spec, memory_kind=host.HOST) for spec in buckets[-1].moved_specs]
         self._keep(buckets[-1], jax.device_put(leaving, out) if leaving else [])
         for bucket in buckets[-2:]:
             self._free(bucket)
 
-    def at_rest(self, slot: Absent) -> Any:
+    def _at_rest(self, slot: Absent) -> Any:
         """The new array of a slot, as the plan keeps it."""
         parts = self._new.get(slot.number)
         if parts is None:

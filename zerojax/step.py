@@ -191,8 +191,9 @@ class StreamedTrainStep(TrainStep):
         self._run = self._streamed
 
     def _streamed(self, state: TrainState, batch: PyTree) -> tuple[TrainState, dict[str, Any]]:
+        walk = self._stream.walk(state.opt_state, state.params, consume=True)
         begun, new, metrics = self._first(*self._parts(state), batch)
-        params, opt_state = self._stream.finish(begun, state.opt_state, state.params, consume=True)
+        params, opt_state = walk.finish(begun)
         return new._replace(params=params, opt_state=opt_state), metrics
 
     def lower(self, state: TrainState, batch: PyTree) -> jax.stages.Lowered:

@@ -57,8 +57,8 @@ def apply(
     if meshes.tracing((grads, state, params)):
         return _at_once(tx, grads, state, params, extra_args, functions)
     if not functions and (stream := streamed(tx)):
-        begun = _begin(tx)(grads, stream.small(state), extra_args)
-        return stream.finish(begun, state, params, consume=False)
+        walk = stream.walk(state, params, consume=False)
+        return walk.finish(_begin(tx)(grads, stream.small(state), extra_args))
     return jax.jit(functools.partial(_at_once, tx, functions=functions))(grads, state, params, extra_args)
 
 
