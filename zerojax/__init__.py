@@ -1,5 +1,6 @@
 """ZeRO for JAX: optimizer state, gradients and params sharded over a mesh, for any Flax model and Optax optimizer."""
 
+from zerojax import config as config
 from zerojax import schedules as schedules
 from zerojax.fused import apply as apply
 from zerojax.fused import chain as chain
