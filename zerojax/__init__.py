@@ -2,6 +2,8 @@
 
 from zerojax import config as config
 from zerojax import schedules as schedules
+from zerojax.engine import Engine as Engine
+from zerojax.engine import initialize as initialize
 from zerojax.fused import apply as apply
 from zerojax.fused import chain as chain
 from zerojax.gather import gather as gather

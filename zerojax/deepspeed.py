@@ -166,6 +166,12 @@ def _batch(c: ConfigDict, read: _Reader) -> None:
             "DeepSpeed config: neither 'train_batch_size' nor 'train_micro_batch_size_per_gpu' is given; one has to be."
         )
     c.batch.reduce = schema.checked("batch.reduce", str(read.get("gradient_allreduce_op", "mean")).lower())
+    inferred = None if c.batch.rows and c.batch.micro_rows else 1
+    if c.batch.reduce == "sum" and (c.batch.accumulate or inferred) != 1:
+        raise ValueError(
+            "DeepSpeed config: 'gradient_allreduce_op' sum is a sum over devices of a mean over micro-batches; here "
+            "it is served with 'gradient_accumulation_steps' 1, given or by leaving out one of the batch sizes."
+        )
     c.data.drop_last = read.flag("dataloader_drop_last")
     every = read.number("steps_per_print", 0)
     c.logging.every = 0 if math.isinf(every) else int(every)
