@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.sharding import AxisType, Mesh
 from ml_collections import ConfigDict
@@ -70,6 +71,41 @@ def plan_options(c: ConfigDict) -> dict[str, Any]:
             "'int8' where memory is short."
         )
     return options
+
+
+def step_options(c: ConfigDict, devices: int) -> dict[str, Any]:
+    """What `make_train_step` takes beside loss, optimizer and plan; `loss_scale` goes to `create_train_state`, too.
+
+    Example:
+      >>> c = default()
+      >>> c.batch.accumulate = 4
+      >>> step_options(c, devices=8)["accumulate"]
+      4
+    """
+    return {
+        "accumulate": solve_batch(c, devices).accumulate,
+        "reduce": c.batch.reduce,
+        "grad_dtype": c.precision.grad_dtype,
+        "loss_scale": make_loss_scale(c),
+        "layerwise": c.zero.layerwise,
+    }
+
+
+def in_dtype(c: ConfigDict, params_or_init: Any) -> Any:
+    """Params, or their init, with floats in the dtype of `c.precision`; float32 leaves them as the model has them.
+
+    Example:
+      >>> c = default()
+      >>> c.precision.params = "bfloat16"
+      >>> in_dtype(c, lambda key: {"w": jax.random.normal(key, (2,))})(jax.random.key(0))["w"].dtype.name
+      'bfloat16'
+    """
+    if c.precision.params == "float32":
+        return params_or_init
+    if callable(params_or_init):
+        return lambda *args: in_dtype(c, params_or_init(*args))
+    cast = lambda x: x.astype(c.precision.params) if jnp.issubdtype(x.dtype, jnp.floating) else x
+    return jax.tree.map(cast, params_or_init)
 
 
 def make_schedule(c: ConfigDict) -> optax.Schedule:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -52,18 +51,10 @@ class Engine:
         self.config, self.state, self.plan = config, state, plan
         self.optimizer, self.schedule, self.dataloader = optimizer, schedule, dataloader
         self._batch = configs.solve_batch(config, plan.num_shards)
-        layerwise = config.zero.layerwise
-        self._train_step = make_train_step(
-            loss_fn,
-            optimizer,
-            plan,
-            accumulate=self._batch.accumulate,
-            reduce=config.batch.reduce,
-            grad_dtype=config.precision.grad_dtype,
-            loss_scale=configs.make_loss_scale(config),
-            layerwise=layerwise,
-        )
-        self._eval_step = make_eval_step(loss_fn, plan, reduce=config.batch.reduce, layerwise=layerwise)
+        options = configs.step_options(config, plan.num_shards)
+        self._train_step = make_train_step(loss_fn, optimizer, plan, **options)
+        shared = {name: options[name] for name in ("reduce", "layerwise")}
+        self._eval_step = make_eval_step(loss_fn, plan, **shared)
         self._steps, self._norm = int(state.step), None
 
     def train_batch(self, batch: PyTree = None) -> dict[str, Any]:
@@ -188,6 +179,7 @@ def initialize(
 
     Example:
       >>> from flax import linen as nn
+      >>> import jax.numpy as jnp
       >>> config = {"train_batch_size": 8, "zero_optimization": {"stage": 2}, "optimizer": {"type": "AdamW"}}
       >>> loss_fn = lambda params, batch: jnp.mean((model.apply({"params": params}, batch["x"]) - batch["y"]) ** 2)
       >>> model, batch = nn.Dense(3), {"x": np.ones((8, 4), np.float32), "y": np.ones((8, 3), np.float32)}
@@ -211,7 +203,7 @@ def initialize(
         dataloader = Dataloader(training_data, sharding, rows, seed=seed, **c.data)
         sample_batch = dataloader.example() if sample_batch is None else sample_batch
     pure = as_functions(model, loss_fn, sample_batch)
-    start, loss = _in_dtype(pure.start, c), _on_cast_batch(pure.loss_fn, c)
+    start, loss = configs.in_dtype(c, pure.start), _on_cast_batch(pure.loss_fn, c)
     args = (jax.random.key(seed),) if callable(start) else ()
     shapes = jax.eval_shape(start, *args) if callable(start) else start
     plan = make_plan(shapes, mesh, param_specs=pure.param_specs, **options)
@@ -231,19 +223,7 @@ def _read(config: Any) -> ConfigDict:
     return configs.check(config)
 
 
-def _in_dtype(start: PyTree | Callable[..., PyTree], c: ConfigDict) -> PyTree | Callable[..., PyTree]:
-    """Params, or their init, with floats in the dtype of `c.precision`; float32 leaves them as the model has them."""
-    dtype = c.precision.params
-    if dtype == "float32":
-        return start
-    return (lambda key: _cast(start(key), dtype)) if callable(start) else _cast(start, dtype)
-
-
 def _on_cast_batch(loss_fn: LossFn, c: ConfigDict) -> LossFn:
     if not c.precision.cast_batch:
         return loss_fn
-    return lambda params, batch: loss_fn(params, _cast(batch, c.precision.params))
-
-
-def _cast(tree: PyTree, dtype: str) -> PyTree:
-    return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
+    return lambda params, batch: loss_fn(params, configs.in_dtype(c, batch))
