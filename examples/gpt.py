@@ -40,6 +40,7 @@ class GPTConfig:
 
 
 SIZES = {
+    "tiny": GPTConfig(vocab=512, context=64, layers=2, heads=2, width=64, dtype="bfloat16"),
     "125M": GPTConfig(vocab=50304, context=1024, layers=12, heads=12, width=768, dtype="bfloat16"),
     "350M": GPTConfig(vocab=50304, context=2048, layers=24, heads=16, width=1024, dtype="bfloat16"),
     "1.3B": GPTConfig(vocab=50304, context=1024, layers=24, heads=16, width=2048, dtype="bfloat16"),

@@ -48,7 +48,7 @@ def test_numbers_are_the_plans(gpt):
         memory = zerojax.make_plan(shapes, mesh, stage=stage).memory(optax.adamw(1e-3))
         want = memory.params + memory.opt_state
         assert found[f"stage {stage}"].at_rest == pytest.approx(want, rel=0.05)  # of_count's model is 1 % smaller
-    assert found["stage 3, offload"].host == found["stage 3"].opt_state
+    assert found["stage 3, offload"].host == found["stage 3"].opt_state - 4  # the count stays
     assert found["stage 3, bfloat16 moments"].opt_state == pytest.approx(found["stage 3"].opt_state / 2, rel=0.01)
     assert found["stage 3, int8 moments"].opt_state == pytest.approx(found["stage 3"].opt_state * 2.07 / 8, rel=0.01)
 

@@ -4,13 +4,15 @@ from zerojax import config as config
 from zerojax import schedules as schedules
 from zerojax.engine import Engine as Engine
 from zerojax.engine import initialize as initialize
-from zerojax.fused import apply as apply
 from zerojax.fused import chain as chain
 from zerojax.gather import gather as gather
 from zerojax.gather import keep_expensive as keep_expensive
+from zerojax.host import Offload as Offload
 from zerojax.masters import full_precision as full_precision
 from zerojax.masters import master_weights as master_weights
 from zerojax.masters import skip_nonfinite as skip_nonfinite
+from zerojax.offload import offload_states as offload_states
+from zerojax.offload import reload_states as reload_states
 from zerojax.optimizers import fused_adam as fused_adam
 from zerojax.optimizers import fused_adamw as fused_adamw
 from zerojax.optimizers import fused_lamb as fused_lamb
@@ -25,6 +27,7 @@ from zerojax.step import create_train_state as create_train_state
 from zerojax.step import make_eval_step as make_eval_step
 from zerojax.step import make_train_step as make_train_step
 from zerojax.step import value_and_grad as value_and_grad
+from zerojax.update import apply as apply
 from zerojax.zero import zero as zero
 
 __version__ = "0.1.0"

@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 from zerojax import masters, meshes, recipes, schedules
 from zerojax.deepspeed import from_deepspeed as from_deepspeed
 from zerojax.fused import chain
+from zerojax.host import Offload
 from zerojax.precision import LossScale, dynamic_loss_scale, static_loss_scale
 from zerojax.schema import KEYS as KEYS
 from zerojax.schema import check as check
@@ -58,18 +59,19 @@ def make_mesh(c: ConfigDict, devices: Sequence[Any] | None = None) -> Mesh:
 def plan_options(c: ConfigDict) -> dict[str, Any]:
     """What `make_plan` takes beside params and mesh, from `c.zero`."""
     axis = tuple(c.zero.axis)
-    options = {
+    options: dict[str, Any] = {
         "stage": c.zero.stage,
         "axis": axis if len(axis) > 1 else axis[0],
         "min_size": c.zero.min_size,
         "strict": c.zero.strict,
     }
     if c.zero.offload.device != "none":
-        raise NotImplementedError(
-            "config: zero.offload.device='pinned_host', optimizer state in host memory, is not served yet; take "
-            "zero.offload.device='none', with a higher zero.stage or optimizer.mu_dtype and nu_dtype of 'bfloat16' or "
-            "'int8' where memory is short."
-        )
+        given = {name: value for name, value in c.zero.offload.items() if name != "device"}
+        try:
+            options["offload"] = Offload(**given)
+        except (ValueError, NotImplementedError) as e:
+            e.add_note("config: zero.offload")
+            raise
     return options
 
 

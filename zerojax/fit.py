@@ -19,6 +19,7 @@ from zerojax import layout, report
 from zerojax.plan import Plan, make_plan
 from zerojax.sizes import LAYERWISE, Sizes
 from zerojax.step import TrainState, make_train_step
+from zerojax.zero import zero
 
 PyTree = Any
 BUCKETS = 4  # buckets of state on a device while an offloaded update runs, at most
@@ -33,7 +34,7 @@ class Setting:
       name: As the table has it.
       keys: The config's keys that say it.
       params: At rest.
-      opt_state: At rest.
+      opt_state: At rest; with offload the buckets in flight, too.
       grads: While a step runs: whole gradients below stage 3, since a scan over layers stacks them before they are
         scattered; at stage 3 shards, and the largest gathered layer with its gradient; and the sums of micro-batches.
       host: At rest, in each device's share of host memory.
@@ -74,8 +75,7 @@ def settings(c: ConfigDict, sizes: Sizes, devices: int, *, dtype: str, remat: bo
 def plan_of(c: ConfigDict, sizes: Sizes, devices: int) -> Plan:
     """The plan of a config for a model's sizes, on devices that need not be there."""
     mesh = AbstractMesh((devices,), ("data",), axis_types=(AxisType.Auto,))
-    z = c.zero
-    return make_plan(sizes.shapes(c.precision.params), mesh, stage=z.stage, min_size=z.min_size, strict=z.strict)
+    return make_plan(sizes.shapes(c.precision.params), mesh, **configs.plan_options(c) | {"axis": "data"})
 
 
 def optimizer_of(c: ConfigDict) -> optax.GradientTransformation:
@@ -116,6 +116,7 @@ def compiled_bytes(c: ConfigDict, sizes: Sizes, mesh: Any, rows: int, *, dtype: 
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings
     )
     number: Any = jax.ShapeDtypeStruct((), jnp.int32)
+    tx = zero(tx, plan)
     opt_state = shaped(jax.eval_shape(tx.init, plan.shapes), plan.opt_state(tx))
     loss_scale = None if scale is None else jax.eval_shape(scale.init)
     state = TrainState(number, shaped(plan.shapes, plan.params), opt_state, loss_scale, number)
@@ -142,7 +143,6 @@ def _setting(
     name: str, keys: dict[str, Any], c: ConfigDict, sizes: Sizes, devices: int, dtype: str, remat: bool
 ) -> Setting:
     c = copy.deepcopy(c)
-    offloaded = keys.get("zero.offload.device", "none") != "none"
     c.update_from_flattened_dict(keys)
     plan = plan_of(c, sizes, devices)
     tx = optimizer_of(c)
@@ -152,14 +152,14 @@ def _setting(
         grads += plan.memory(tx, grad_dtype="float32").grads
     if plan.stage == 3:
         grads += _largest_layer(plan, sizes, dtype)
-    buckets = min(memory.opt_state, BUCKETS * c.zero.offload.bucket_bytes)
+    buckets = min(memory.host, BUCKETS * c.zero.offload.bucket_bytes)
     return Setting(
         name=name,
         keys=keys,
         params=memory.params,
-        opt_state=buckets if offloaded else memory.opt_state,
+        opt_state=memory.opt_state + buckets,
         grads=grads,
-        host=memory.opt_state if offloaded else 0,
+        host=memory.host,
         row=sizes.row_bytes(dtype, remat=remat),
     )
 

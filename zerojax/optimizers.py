@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -13,35 +12,18 @@ import optax
 
 from pallas_kernels import formats
 from pallas_kernels.adam import adam, adam_choice, adam_scalars, adam_step
-from pallas_kernels.dispatch import Choice
 from pallas_kernels.formats import Place
 from pallas_kernels.lamb import TrustRatio, lamb, lamb_choice, lamb_scalars, lamb_step
-from zerojax import meshes, shards
-from zerojax.fused import FusedTransformation, keep, whole
+from zerojax import meshes
+from zerojax.fused import FusedTransformation, Work, keep, whole
 from zerojax.plan import Plan
+from zerojax.shards import Rule
 
 PyTree = Any
 VARIANTS = ("optax", "deepspeed")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Rule:
-    """An optimizer of `pallas_kernels`.
-
-    Attributes:
-      op: `op(params, grads, mu, nu, scalars, *, decay, places, implementation)` on lists of leaves.
-      choice: Which implementation it runs.
-      step: What it adds to one leaf, and the leaf's new moments.
-      norms: Whether a step depends on the norm of the whole leaf; then `op` takes `across`, which adds up shards'.
-    """
-
-    op: Callable[..., Any]
-    choice: Callable[..., Choice]
-    step: Callable[..., Any]
-    norms: bool = False
-
-
-_ADAM = _Rule(op=adam, choice=adam_choice, step=adam_step)
+_ADAM = Rule(op=adam, choice=adam_choice, step=adam_step)
 
 
 def fused_adam(
@@ -216,7 +198,7 @@ def fused_lamb(
     trust = TrustRatio(min_trust_ratio, max_trust_ratio)
     rates = {"b1": b1, "b2": b2, "eps": eps, "eps_root": eps_root}
     scalars = functools.partial(lamb_scalars, variant=variant, bias_correction=bias_correction)
-    rule = _Rule(
+    rule = Rule(
         op=functools.partial(lamb, trust=trust),
         choice=lamb_choice,
         step=lambda s, *leaf: lamb_step(s, trust, *leaf),
@@ -228,7 +210,7 @@ def fused_lamb(
 
 
 def _fused(
-    rule: _Rule,
+    rule: Rule,
     scalars: Callable[..., Any],
     learning_rate: optax.ScalarOrSchedule,
     rates: dict[str, Any],
@@ -272,7 +254,7 @@ def _fused(
         mu, nu = (treedef.unflatten([x[k] for x in stepped]) for k in (1, 2))
         return treedef.unflatten(deltas), optax.ScaleByAdamState(optax.safe_increment(state.count), mu, nu)
 
-    def apply(
+    def prepare(
         grads: PyTree,
         state: optax.ScaleByAdamState,
         params: PyTree,
@@ -281,22 +263,32 @@ def _fused(
         finite: jax.Array | None = None,
         scale: jax.Array | None = None,
         **_: Any,
-    ) -> tuple[PyTree, optax.ScaleByAdamState]:
+    ) -> Work:
         leaves, treedef = _flatten(params)
-        lists = [leaves, *map(treedef.flatten_up_to, (grads, state.mu, state.nu))]
+        grads, mu, nu = map(treedef.flatten_up_to, (grads, state.mu, state.nu))
         # Without a plan, how arrays are cut is not known, and a kernel would have them gathered.
         chosen = meshes.kernel_implementation() if implementation is None and plan is None else implementation
-        s = scalars_of(state.count, scale=1.0 if scale is None else scale, apply=True if finite is None else finite)
-        decay = _decayed(mask, whole(params), len(leaves))
-        if plan is None or rule.choice(*lists, implementation=chosen).implementation == "xla":
-            new = rule.op(*lists, s, decay=decay, implementation=chosen)
-        else:
-            new = shards.run_on_shards(rule.op, plan, lists, s, decay, norms=rule.norms, implementation=chosen)
-        params, mu, nu = map(treedef.unflatten, new)
-        count = keep(finite, optax.safe_increment(state.count), state.count)
-        return params, optax.ScaleByAdamState(count, mu, nu)
 
-    return FusedTransformation(init, update, apply)
+        def finish(count: jax.Array, new: Sequence[Sequence[Any]]) -> tuple[PyTree, optax.ScaleByAdamState]:
+            params, mu, nu = (treedef.unflatten(x) for x in new)
+            return params, optax.ScaleByAdamState(count, mu, nu)
+
+        return Work(
+            rule=rule,
+            params=leaves,
+            grads=grads,
+            mu=mu,
+            nu=nu,
+            scalars=scalars_of(
+                state.count, scale=1.0 if scale is None else scale, apply=True if finite is None else finite
+            ),
+            decay=_decayed(mask, params, len(leaves)),
+            implementation=chosen,
+            rest=keep(finite, optax.safe_increment(state.count), state.count),
+            finish=finish,
+        )
+
+    return FusedTransformation(init, update, prepare, unit="leaf" if rule.norms else "element")
 
 
 def _flatten(tree: PyTree) -> tuple[list[Any], Any]:
@@ -338,6 +330,9 @@ def _decayed(mask: Any, params: PyTree, count: int) -> list[bool]:
     """For each leaf whether it decays."""
     if mask is None or isinstance(mask, bool):
         return [mask is None or mask] * count
-    tree = mask(params) if callable(mask) else mask
-    decay = jax.tree.leaves(jax.tree.map(lambda flag, part: jax.tree.map(lambda _: flag, part), tree, params))
+    if (full := whole(params)) is None:  # of params that are elsewhere a mask sees the shapes
+        zeros = lambda x: jnp.zeros(formats.shape_of(x), jnp.float32)
+        full = jax.tree.map(zeros, params, is_leaf=formats.is_stored)
+    tree = mask(full) if callable(mask) else mask
+    decay = jax.tree.leaves(jax.tree.map(lambda flag, part: jax.tree.map(lambda _: flag, part), tree, full))
     return [bool(flag) for flag in decay]

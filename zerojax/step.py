@@ -12,10 +12,11 @@ from jax.sharding import PartitionSpec
 
 from zerojax import meshes
 from zerojax.fused import apply_sharded
-from zerojax.gradients import Layerwise, LossFn, Objective
+from zerojax.gradients import Layerwise, LossFn, Objective, Result
+from zerojax.offload import Streamed, streamed
 from zerojax.plan import Plan
 from zerojax.precision import LossScale, LossScaleState
-from zerojax.zero import zero
+from zerojax.zero import ZeroTransformation, zero
 
 PyTree = Any
 
@@ -70,6 +71,9 @@ def create_train_state(
     tx = zero(tx, plan)
     meshes.check_devices(plan.mesh)
     specs = _state_specs(tx, plan, loss_scale)
+    # What goes to the host is made apart, so that the device never holds it all.
+    apart = plan.offload is not None
+    specs = specs._replace(opt_state=None) if apart else specs
 
     def make(init: Callable[..., PyTree], *args: Any, donate: tuple[int, ...] = ()) -> TrainState:
         def create_train_state(*args: Any) -> TrainState:
@@ -77,10 +81,11 @@ def create_train_state(
             plan.check(params)
             params = jax.tree.map(lambda x: jnp.asarray(x, x.dtype), params)  # a Python number is weakly typed
             scale = None if loss_scale is None else loss_scale.init()
-            return TrainState(jnp.int32(0), params, tx.inner.init(params), scale, jnp.int32(0))
+            return TrainState(jnp.int32(0), params, None if apart else tx.inner.init(params), scale, jnp.int32(0))
 
         run = meshes.on_mesh(plan.mesh, create_train_state, specs)
-        return jax.jit(run, out_shardings=meshes.named(plan.mesh, specs), donate_argnums=donate)(*args)
+        state = jax.jit(run, out_shardings=meshes.named(plan.mesh, specs), donate_argnums=donate)(*args)
+        return state._replace(opt_state=tx.init(state.params)) if apart else state
 
     if callable(params_or_init):
         return make(params_or_init, *args)
@@ -95,18 +100,22 @@ def create_train_state(
 class TrainStep:
     """What `make_train_step` returns: call it, or `lower` it to read the compiled program."""
 
-    def __init__(self, run: Callable[..., Any], objective: Objective, state_specs: TrainState) -> None:
-        meshes.check_devices(objective.plan.mesh)
+    def __init__(
+        self, run: Callable[..., Any], objective: Objective, tx: ZeroTransformation, loss_scale: LossScale | None
+    ) -> None:
+        plan = objective.plan
+        meshes.check_devices(plan.mesh)
         self._objective = objective
-        self._treedef: Any = jax.tree.structure(state_specs)
-        self._shardings = shardings = meshes.named(objective.plan.mesh, state_specs)
+        specs = _state_specs(tx, plan, loss_scale)
+        self._shardings = meshes.named(plan.mesh, specs)._replace(opt_state=plan.opt_state(tx))
+        self._treedef: Any = jax.tree.structure(self._shardings)
         self._traced = run  # options of the compiler are the outermost jit's alone
-        self._run = jax.jit(
+        self._run: Any = jax.jit(
             run,
             donate_argnums=0,
-            in_shardings=(shardings, None),
-            out_shardings=(shardings, None),
-            compiler_options=meshes.compiler_options(objective.plan.mesh),
+            in_shardings=(self._shardings, None),
+            out_shardings=(self._shardings, None),
+            compiler_options=meshes.compiler_options(plan.mesh),
         )
 
     def __call__(self, state: TrainState, batch: PyTree) -> tuple[TrainState, dict[str, Any]]:
@@ -152,6 +161,41 @@ class TrainStep:
                     f"step's plan wants {sharding}: it was made with another plan. Pass both the same plan, or place "
                     "the state anew: create_train_state(state.params, tx, plan)."
                 ) from cause
+
+
+class StreamedTrainStep(TrainStep):
+    """A `TrainStep` whose optimizer state is in host memory, and streamed through the device.
+
+    Several programs, dispatched one after another: the gradients, an update for each bucket. `lower` gives the first.
+    """
+
+    def __init__(
+        self,
+        run: Callable[..., Any],
+        objective: Objective,
+        tx: ZeroTransformation,
+        loss_scale: LossScale | None,
+        first: Callable[..., Any],
+        stream: Streamed,
+    ) -> None:
+        super().__init__(run, objective, tx, loss_scale)
+        self._stream = stream
+        shardings = self._shardings._replace(opt_state=None)
+        options = meshes.compiler_options(objective.plan.mesh)
+        self._first = jax.jit(first, in_shardings=(None, shardings, None), compiler_options=options)
+        self._run = self._streamed
+
+    def _streamed(self, state: TrainState, batch: PyTree) -> tuple[TrainState, dict[str, Any]]:
+        small = self._stream.small(state.opt_state)
+        begun, new, metrics = self._first(small, state._replace(opt_state=None), batch)
+        params, opt_state = self._stream.finish(begun, state.opt_state, state.params, consume=True)
+        return new._replace(params=params, opt_state=opt_state), metrics
+
+    def lower(self, state: TrainState, batch: PyTree) -> jax.stages.Lowered:
+        """As `jax.jit(...).lower`, of the program that computes the gradients; arrays or `ShapeDtypeStruct`s."""
+        self._check(state)
+        rest = state._replace(opt_state=None)
+        return self._first.lower(self._stream.small(state.opt_state), rest, place_batch(self._objective, batch))
 
 
 def make_train_step(
@@ -227,13 +271,15 @@ def make_train_step(
     )
     state_specs = _state_specs(tx, plan, loss_scale)
 
-    def train_step(state: TrainState, batch: PyTree) -> tuple[TrainState, dict[str, Any]]:
-        scale = None if state.loss_scale is None else state.loss_scale.scale
-        out = objective.loss_and_grads(state.params, batch, sharded=plan.stage >= 1, scale=scale)
-        skips = loss_scale is not None or getattr(tx.inner, "skips", False)
-        finite = out.finite if skips else None
-        params, opt_state = apply_sharded(tx, out.grads, state.opt_state, state.params, finite=finite, value=out.loss)
-        new = state._replace(step=state.step + 1, params=params, opt_state=opt_state)
+    skips = loss_scale is not None or getattr(tx.inner, "skips", False)
+
+    def gradients(params: PyTree, scale: LossScaleState | None, batch: PyTree) -> Result:
+        factor = None if scale is None else scale.scale
+        return objective.loss_and_grads(params, batch, sharded=plan.stage >= 1, scale=factor)
+
+    def after(state: TrainState, out: Result) -> tuple[TrainState, dict[str, Any]]:
+        """All of the next state but params and optimizer state; metrics."""
+        new = state._replace(step=state.step + 1)
         metrics = {"loss": out.loss, "grad_norm": out.norm, "finite": out.finite}
         if skips:
             new = new._replace(skipped=state.skipped + ~out.finite)
@@ -242,7 +288,32 @@ def make_train_step(
             metrics |= scale_metrics
         return new, metrics | {"skipped": new.skipped} | ({"aux": out.aux} if has_aux else {})
 
-    return TrainStep(meshes.on_mesh(plan.mesh, train_step, (state_specs, PartitionSpec())), objective, state_specs)
+    def train_step(state: TrainState, batch: PyTree) -> tuple[TrainState, dict[str, Any]]:
+        out = gradients(state.params, state.loss_scale, batch)
+        finite = out.finite if skips else None
+        params, opt_state = apply_sharded(tx, out.grads, state.opt_state, state.params, finite=finite, value=out.loss)
+        new, metrics = after(state, out)
+        return new._replace(params=params, opt_state=opt_state), metrics
+
+    def begin(small: list[jax.Array], state: TrainState, batch: PyTree) -> tuple[Any, TrainState, dict[str, Any]]:
+        """As `train_step`, up to the first bucket; `state` lacks its `opt_state`."""
+        out = gradients(state.params, state.loss_scale, batch)
+        assert stream is not None
+        begun = stream.begin(out.grads, small, finite=out.finite if skips else None, value=out.loss)
+        new, metrics = after(state._replace(params=None), out)
+        return begun, new, metrics
+
+    def at_once(state: TrainState, batch: PyTree) -> tuple[TrainState, dict[str, Any]]:
+        state = state._replace(opt_state=tx.in_use(state.opt_state))
+        new, metrics = meshes.on_mesh(plan.mesh, train_step, (state_specs, PartitionSpec()))(state, batch)
+        return new._replace(opt_state=tx.at_rest(new.opt_state)), metrics
+
+    stream = streamed(tx)
+    if stream is None:
+        return TrainStep(at_once, objective, tx, loss_scale)
+    scalar = PartitionSpec()
+    first = meshes.on_mesh(plan.mesh, begin, (stream.specs, state_specs._replace(params=None, opt_state=None), scalar))
+    return StreamedTrainStep(at_once, objective, tx, loss_scale, first, stream)
 
 
 def make_eval_step(

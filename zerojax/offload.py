@@ -1,0 +1,456 @@
+"""Optimizer state in host memory, streamed through the device in buckets.
+
+A step whose transformation leaves its work leaf by leaf (`fused.Work`) is several programs, dispatched from Python
+without waiting: first what comes before any leaf, the gradients for one; then one for each bucket, which updates it in
+place while the next one comes in and the last one goes out. XLA hands its copies round to four streams in the order of
+a program's results: so these alternate between the two directions, and each of them has two streams for itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from zerojax import host, meshes, shards
+from zerojax.fused import Work, prepare_link
+from zerojax.host import Absent, Pieces, Rest
+from zerojax.plan import Plan
+from zerojax.shards import Part, Rule
+from zerojax.zero import ZeroTransformation
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class _Row:
+    """What a program knows of a leaf, or of a piece of one, and what it does there.
+
+    Attributes:
+      shape: Of the whole param.
+      grid: Of its pieces.
+      spec: Of the param while it is updated.
+      decay: Whether it decays.
+      stored: Structure of (param, mu, nu), each in its format.
+      moved: Of each array of those, whether it comes in pieces from the host.
+      specs: Of each array.
+    """
+
+    shape: tuple[int, ...]
+    grid: tuple[int, ...]
+    spec: PartitionSpec
+    decay: bool
+    stored: Any
+    moved: tuple[bool, ...]
+    specs: tuple[PartitionSpec, ...]
+
+    def split(self, arrays: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+        """What stays on the device, and what moves."""
+        flags = list(zip(arrays, self.moved, strict=True))
+        return [x for x, moved in flags if not moved], [x for x, moved in flags if moved]
+
+    def merge(self, kept: Sequence[Any], moved: Sequence[Any]) -> list[Any]:
+        """All arrays, in order."""
+        sources = {False: iter(kept), True: iter(moved)}
+        return [next(sources[flag]) for flag in self.moved]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Program:
+    """The update of one bucket; buckets of like leaves share it.
+
+    Attributes:
+      rows: Of the bucket.
+      coming: Specs of the next bucket's pieces.
+      leaving: Specs of the last bucket's pieces.
+    """
+
+    plan: Plan
+    rule: Rule
+    implementation: str | None
+    rows: tuple[_Row, ...]
+    coming: tuple[PartitionSpec, ...]
+    leaving: tuple[PartitionSpec, ...]
+
+    @functools.cached_property
+    def run(self) -> Callable[..., Any]:
+        """`run(kept, moved, grads, scalars, numbers, at, coming, leaving) -> (kept, moved, copies)`.
+
+        `kept` and `moved`, lists a row of lists of arrays, are donated: whole arrays of the device, of which a row's
+        piece is replaced, and pieces. `numbers` int32[rows] are the leaves', `at` int32[rows, dims] places in grids.
+        `coming` are pieces on the host, `leaving` on the device; `copies` are those on the other side, in turns.
+        """
+        mesh = self.plan.mesh
+        split_specs = [row.split(row.specs) for row in self.rows]
+        specs = tuple([pair[k] for pair in split_specs] for k in (0, 1))
+        update = meshes.on_mesh(mesh, self._update, specs)
+        targets = _in_turns(
+            [NamedSharding(mesh, spec) for spec in self.coming],
+            [NamedSharding(mesh, spec, memory_kind=host.HOST) for spec in self.leaving],
+        )
+
+        def run(
+            kept: Any, moved: Any, grads: Any, scalars: Any, numbers: Any, at: Any, coming: Any, leaving: Any
+        ) -> Any:
+            copies = [jax.device_put(x, to) for x, to in zip(_in_turns(coming, leaving), targets, strict=True)]
+            return *update(kept, moved, grads, scalars, numbers, at), copies
+
+        return jax.jit(
+            run,
+            donate_argnums=(0, 1),
+            out_shardings=(*meshes.named(mesh, specs), targets),
+            compiler_options=meshes.compiler_options(mesh),
+        )
+
+    def _update(
+        self, kept: list[Any], moved: list[Any], grads: list[Any], scalars: Any, numbers: jax.Array, at: jax.Array
+    ) -> tuple[list[Any], list[Any]]:
+        lists: list[list[Any]] = [[], [], [], []]
+        parts = []
+        for r, row in enumerate(self.rows):
+            here = list(at[r])
+            pieces = [host.piece(x, here, row.grid) for x in kept[r]]
+            p, mu, nu = jax.tree.unflatten(row.stored, row.merge(pieces, moved[r]))
+            for column, x in zip(lists, (p, host.piece(grads[r], here, row.grid), mu, nu), strict=True):
+                column.append(x)
+            sizes = np.array(host.piece_shape(row.shape, row.grid), np.int32)
+            starts = at[r, : sizes.size] * sizes if math.prod(row.grid) > 1 else None
+            parts.append(Part(numbers[r], row.shape, row.spec, starts))
+        decay = [row.decay for row in self.rows]
+        new = shards.run(self.rule, self.plan, lists, scalars, decay, implementation=self.implementation, parts=parts)
+        new_kept, new_moved = [], []
+        for r, (row, *leaves) in enumerate(zip(self.rows, *new, strict=True)):
+            stay, move = row.split(jax.tree.leaves(leaves))
+            new_kept.append([host.with_piece(x, y, list(at[r]), row.grid) for x, y in zip(kept[r], stay, strict=True)])
+            new_moved.append(move)
+        return new_kept, new_moved
+
+
+class Streamed:
+    """The step of a transformation whose state the plan keeps in host memory.
+
+    Attributes:
+      specs: `PartitionSpec`s of what `begin` returns, a prefix.
+    """
+
+    def __init__(self, tx: ZeroTransformation) -> None:
+        self.tx, self.plan = tx, tx.plan
+        self._rests: list[Rest] = jax.tree.leaves(tx.rests)
+        self._treedef: Any = jax.tree.structure(tx.rests)
+        self._programs: dict[Any, _Program] = {}
+        self._work: Work | None = None
+        self.specs = (self.plan.treedef.flatten_up_to(self.plan.update_specs), PartitionSpec())
+
+    def small(self, opt_state: PyTree) -> list[jax.Array]:
+        """The arrays of a state that belong to no param, on the device: counts, what the links of a chain keep."""
+        arrays = zip(self._treedef.flatten_up_to(opt_state), self._rests, strict=True)
+        return [host.in_use(x, rest, self.plan.mesh) for x, rest in arrays if rest.param is None]
+
+    def begin(self, grads: PyTree, small: list[jax.Array], **options: Any) -> tuple[list[Any], Any]:
+        """What comes before the first bucket, by gradients and `small` alone; inside a jit, in `meshes.on_mesh`.
+
+        Raises:
+          Exception: where the transformation wants more than those.
+        """
+        plan, some = self.plan, iter(small)
+        params = [Absent(i, leaf.shape, leaf.dtype) for i, leaf in enumerate(plan.leaves)]
+        state = [
+            next(some) if rest.param is None else Absent(len(params) + j, rest.shape, rest.dtype)
+            for j, rest in enumerate(self._rests)
+        ]
+        self._work = work = prepare_link(
+            self.tx.inner,
+            meshes.constrain(grads, plan.update_specs),
+            self._treedef.unflatten(state),
+            plan.treedef.unflatten(params),
+            plan=plan,
+            **options,
+        )
+        return list(work.grads), (work.scalars, work.rest)
+
+    def finish(
+        self, begun: tuple[list[Any], Any], opt_state: PyTree, params: PyTree, *, consume: bool
+    ) -> tuple[PyTree, PyTree]:
+        """Does the rest, bucket by bucket.
+
+        Args:
+          begun: Of `begin`.
+          opt_state: As the plan keeps it.
+          params: As the plan keeps them.
+          consume: Whether the arrays of both may be freed as soon as they have been read.
+
+        Returns:
+          New `(params, opt_state)`.
+        """
+        plan = self.plan
+        assert self._work is not None
+        grads, (scalars, rest) = begun
+        work = dataclasses.replace(self._work, grads=grads, scalars=scalars, rest=rest)
+        specs = meshes.named(plan.mesh, plan.update_specs)
+        working = jax.device_put(params, specs)
+        if not consume:
+            working = jax.tree.map(lambda x, s: jax.jit(jnp.copy, out_shardings=s)(x), working, specs)
+        else:
+            jax.tree.map(_free_unless_shared, params, working)
+        walk = _Walk(self, work, [*jax.tree.leaves(working), *self._treedef.flatten_up_to(opt_state)], consume)
+        new = [[jax.tree.map(walk.at_rest, x) for x in column] for column in (work.params, work.mu, work.nu)]
+        new_params, new_state = work.finish(work.rest, new)
+        landed = [
+            x if rest.param is not None else jax.device_put(x.astype(rest.dtype), rest.sharding(plan.mesh))
+            for x, rest in zip(self._treedef.flatten_up_to(new_state), self._rests, strict=True)
+        ]
+        return jax.device_put(new_params, plan.params), self._treedef.unflatten(landed)
+
+    def rest(self, number: int) -> Rest:
+        """Of an array of the state."""
+        return self._rests[number - len(self.plan.leaves)]
+
+    @functools.cached_property
+    def buckets(self) -> list[_Bucket]:
+        """All buckets, in the order of the walk."""
+        assert self._work is not None
+        rows = [self._row(self._work, i) for i in range(len(self._work.params))]
+        return [_Bucket(self, [(i, *rows[i], at) for i, at in entries]) for entries in self._packed(rows)]
+
+    def program(self, work: Work, b: int) -> _Program:
+        """Of the b-th bucket."""
+        assert work.rule is not None
+        specs = lambda k: self.buckets[k].moved_specs if 0 <= k < len(self.buckets) else ()
+        key = (work.rule, work.implementation, self.buckets[b].rows, specs(b + 1), specs(b - 1))
+        return self._programs.setdefault(key, _Program(self.plan, *key))
+
+    def _row(self, work: Work, i: int) -> tuple[_Row, list[int]]:
+        """What is known of a leaf, and the numbers of its arrays."""
+        leaf, spec = self.plan.leaves[i], self.plan.treedef.flatten_up_to(self.plan.update_specs)[i]
+        slots, stored = jax.tree.flatten((work.params[i], work.mu[i], work.nu[i]))
+        numbers = [x.number for x in slots]
+        rests = [None if n < len(self.plan.leaves) else self.rest(n) for n in numbers]
+        moved = tuple(rest is not None and rest.on_host for rest in rests)
+        grids = [rest.grid for rest in rests if rest is not None and rest.on_host]
+        grid = max(grids, key=math.prod, default=(1,) * len(leaf.shape))
+        specs = tuple(spec if rest is None else rest.spec for rest in rests)
+        return _Row(leaf.shape, grid, spec, work.decay[i], stored, moved, specs), numbers
+
+    def _packed(self, rows: list[tuple[_Row, list[int]]]) -> list[list[tuple[int, tuple[int, ...]]]]:
+        """Leaves and places in their grids, of each bucket; what does not move comes first, at once."""
+        assert self.plan.offload is not None
+        still, small, large = [], [], []
+        for i, (row, numbers) in enumerate(rows):
+            size = sum(self.rest(n).size for n, moved in zip(numbers, row.moved, strict=True) if moved)
+            places = [(i, at) for at in host.places(row.grid)]
+            if not any(row.moved):
+                still += places
+            elif len(places) > 1:
+                large += [[place] for place in places]
+            else:
+                small.append((size, places[0]))
+        packed: list[list[Any]] = []
+        room = 0
+        for size, place in small:
+            if size > room:
+                packed.append([])
+                room = self.plan.offload.bucket_bytes
+            packed[-1].append(place)
+            room -= size
+        return [*([still] if still else []), *packed, *large]
+
+
+class _Bucket:
+    """Pieces that move together.
+
+    Attributes:
+      leaves: Numbers of the rows' leaves.
+      rows: What programs know of them.
+      numbers: int32[rows], `leaves` on the device.
+      at: int32[rows, dims], their places in their grids.
+      moved_specs: Specs of the pieces that move.
+    """
+
+    def __init__(self, streamed: Streamed, entries: list[tuple[int, _Row, list[int], tuple[int, ...]]]) -> None:
+        self.leaves, self.rows, self._arrays, self._at = ([x[k] for x in entries] for k in range(4))
+        self.rows = tuple(self.rows)
+        dims = max(map(len, self._at))
+        everywhere = NamedSharding(streamed.plan.mesh, PartitionSpec())
+        at = np.array([[*at, *[0] * (dims - len(at))] for at in self._at], np.int32).reshape(len(entries), dims)
+        self.numbers, self.at = jax.device_put((np.array(self.leaves, np.int32), at), everywhere)
+        self.moved_specs = tuple(spec for row in self.rows for spec in row.split(row.specs)[1])
+
+    @functools.cached_property
+    def staying(self) -> list[list[int]]:
+        """Numbers of the arrays that stay on the device, a row a list."""
+        return [row.split(numbers)[0] for row, numbers in zip(self.rows, self._arrays, strict=True)]
+
+    @functools.cached_property
+    def moving(self) -> list[list[tuple[int, int]]]:
+        """Numbers of the arrays that move, and of their pieces."""
+        index = lambda row, at: int(np.ravel_multi_index(at, row.grid)) if at else 0
+        return [
+            [(n, index(row, at)) for n in row.split(numbers)[1]]
+            for row, numbers, at in zip(self.rows, self._arrays, self._at, strict=True)
+        ]
+
+
+class _Walk:
+    """One walk through all buckets."""
+
+    def __init__(self, streamed: Streamed, work: Work, arrays: list[Any], consume: bool) -> None:
+        self._streamed, self._arrays, self._consume = streamed, arrays, consume
+        self._new: dict[int, list[Any]] = {}  # pieces that are back in host memory, by array
+        buckets = streamed.buckets
+        mesh = streamed.plan.mesh
+        first, specs = self._pieces(buckets[0]), buckets[0].moved_specs
+        # By a transfer of its own, which need not wait for the gradients.
+        here = jax.device_put(first, [NamedSharding(mesh, spec) for spec in specs]) if first else []
+        self._free(first)
+        before: list[Any] = []
+        for b, bucket in enumerate(buckets):
+            coming = self._pieces(buckets[b + 1]) if b + 1 < len(buckets) else []
+            kept, moved, copies = streamed.program(work, b).run(
+                [[arrays[n] for n in numbers] for numbers in bucket.staying],
+                _like(bucket.moving, here),
+                [work.grads[i] for i in bucket.leaves],
+                work.scalars,
+                bucket.numbers,
+                bucket.at,
+                coming,
+                before,
+            )
+            for numbers, row in zip(bucket.staying, kept, strict=True):
+                for n, x in zip(numbers, row, strict=True):
+                    arrays[n] = x
+            self._free(coming)
+            here, back = _apart(copies, len(coming), len(before))
+            if b:
+                self._keep(buckets[b - 1], back)
+            before = [x for row in moved for x in row]
+        last = [NamedSharding(mesh, spec, memory_kind=host.HOST) for spec in buckets[-1].moved_specs]
+        self._keep(buckets[-1], jax.device_put(before, last) if before else [])
+
+    def at_rest(self, slot: Absent) -> Any:
+        """The new array of a slot, as the plan keeps it."""
+        parts = self._new.get(slot.number)
+        if parts is None:
+            return self._arrays[slot.number]
+        return parts[0] if len(parts) == 1 else Pieces(tuple(parts), self._streamed.rest(slot.number).grid)
+
+    def _pieces(self, bucket: _Bucket) -> list[jax.Array]:
+        """A bucket's pieces on the host."""
+        part = lambda x, k: x.parts[k] if isinstance(x, Pieces) else x
+        return [part(self._arrays[n], k) for row in bucket.moving for n, k in row]
+
+    def _keep(self, bucket: _Bucket, pieces: list[jax.Array]) -> None:
+        """Takes a bucket's new pieces, back on the host."""
+        for (n, _), x in zip((place for row in bucket.moving for place in row), pieces, strict=True):
+            self._new.setdefault(n, []).append(x)
+
+    def _free(self, pieces: list[jax.Array]) -> None:
+        if self._consume:
+            for x in pieces:
+                x.delete()
+
+
+def _in_turns(xs: Sequence[Any], ys: Sequence[Any]) -> list[Any]:
+    """One of each in turn, and then what is left of the longer."""
+    shared = min(len(xs), len(ys))
+    return [*itertools.chain(*zip(xs, ys, strict=False)), *xs[shared:], *ys[shared:]]
+
+
+def _apart(both: Sequence[Any], xs: int, ys: int) -> tuple[list[Any], list[Any]]:
+    """What `_in_turns` made of `xs` and `ys` values."""
+    order = _in_turns([True] * xs, [False] * ys)
+    return tuple([x for x, is_x in zip(both, order, strict=True) if is_x == which] for which in (True, False))  # type: ignore[return-value]
+
+
+def _like(rows: Sequence[Sequence[Any]], flat: Sequence[Any]) -> list[list[Any]]:
+    """Values, in lists as long as those of `rows`."""
+    values = iter(flat)
+    return [[next(values) for _ in row] for row in rows]
+
+
+def _free_unless_shared(old: jax.Array, new: jax.Array) -> None:
+    """Frees an array of which another layout has been made; an equal layout is the same memory."""
+    if not old.sharding.is_equivalent_to(new.sharding, old.ndim):
+        old.delete()
+
+
+def offload_states(state: Any, plan: Plan) -> Any:
+    """A `TrainState` with all its arrays in host memory, so that the device is free between phases of training.
+
+    The arrays that came are freed. `reload_states` brings them back bit for bit.
+
+    Args:
+      state: A `TrainState`.
+      plan: The plan that it was made with.
+
+    Example:
+      >>> import zerojax
+      >>> mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+      >>> plan = zerojax.make_plan({"w": jnp.ones(4)}, mesh, stage=1)
+      >>> state = zerojax.create_train_state({"w": jnp.ones(4)}, optax.sgd(0.1), plan)
+      >>> away = offload_states(state, plan)
+      >>> away.params["w"].sharding.memory_kind
+      'pinned_host'
+      >>> reload_states(away, plan).params["w"].sharding.memory_kind
+      'device'
+    """
+    plan.check(state.params)
+    return jax.tree.map(lambda x: _put(x, x.sharding.with_memory_kind(host.HOST)), state)
+
+
+def reload_states(state: Any, plan: Plan) -> Any:
+    """A `TrainState` back from `offload_states`, where the plan wants it."""
+    plan.check(state.params)
+    arrays: list[Any] = jax.tree.leaves(state.opt_state, is_leaf=host.is_pieces)
+    treedef: Any = jax.tree.structure(state.opt_state, is_leaf=host.is_pieces)
+    shapes = treedef.unflatten(jax.ShapeDtypeStruct(host.whole_shape(x), jax.tree.leaves(x)[0].dtype) for x in arrays)
+    rests = jax.tree.leaves(plan.rests_of(shapes, None))
+    opt_state = treedef.unflatten(
+        x if rest.on_host else _put(x, x.sharding.with_memory_kind(host.DEVICE))
+        for x, rest in zip(arrays, rests, strict=True)
+    )
+    device = jax.tree.map(lambda x: _put(x, x.sharding.with_memory_kind(host.DEVICE)), state._replace(opt_state=None))
+    return device._replace(opt_state=opt_state)
+
+
+def _put(x: jax.Array, sharding: Any) -> jax.Array:
+    """An array in another memory; the one that came is freed."""
+    new = jax.device_put(x, sharding)
+    if new is not x:
+        new.block_until_ready()
+        x.delete()
+    return new
+
+
+@functools.lru_cache(maxsize=16)
+def streamed(tx: ZeroTransformation) -> Streamed | None:
+    """The streamed step of a transformation, or None where there is nothing to stream.
+
+    Warns where there is, but the transformation cannot be taken leaf by leaf: then all of the state is moved at once.
+    """
+    if not any(rest.on_host for rest in jax.tree.leaves(tx.rests)):
+        return None
+    why = "its optimizer is none of zerojax's"
+    if tx.unit is not None:
+        new = Streamed(tx)
+        small = [jax.ShapeDtypeStruct(rest.shape, rest.dtype) for rest in new._rests if rest.param is None]
+        begin = lambda grads, small: new.begin(grads, small, value=jnp.float32(0))
+        try:
+            jax.eval_shape(meshes.on_mesh(tx.plan.mesh, begin, new.specs), tx.plan.shapes, small)
+            return new
+        except (TypeError, ValueError, AttributeError) as e:
+            why = f"a link before its optimizer wants params, or keeps arrays like theirs ({type(e).__name__}: {e})"
+    warnings.warn(
+        f"the optimizer's state in host memory is moved to the device as a whole at each step, not in buckets: {why}. "
+        "zerojax.fused_adam, fused_adamw and fused_lamb, behind links that scale all gradients, are streamed.",
+        stacklevel=3,
+    )
+    return None
