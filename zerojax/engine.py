@@ -72,6 +72,8 @@ class Engine:
             batch = self.dataloader.next_batch()
         self._check_rows(batch)
         self.state, metrics = self._train_step(self.state, batch)
+        if meshes.simulated(self.plan.mesh):
+            jax.block_until_ready(metrics)  # queued steps starve one another's collectives of the CPU's threads
         self._steps += 1
         self._norm = metrics["grad_norm"]
         every = self.config.logging.every
