@@ -1,6 +1,7 @@
 """DeepSpeed's JSON: each key honoured, noted or refused; none dropped in silence."""
 
 import json
+import pathlib
 import warnings
 
 import pytest
@@ -248,3 +249,9 @@ def test_table_has_every_key_once():
     table = deepspeed_keys.markdown()
     assert all(f"`{name}`" in table for name in KEYS)
     assert {row.verdict for row in KEYS.values()} == {HONOURED, NOTED, REFUSED}
+
+
+def test_docs_print_the_table():
+    docs = pathlib.Path(__file__).resolve().parent.parent / "docs" / "from-deepspeed.md"
+    printed = docs.read_text().split("checks it -->\n")[1]
+    assert printed.strip() == deepspeed_keys.markdown(), "run: python -m zerojax keys --deepspeed"

@@ -164,6 +164,10 @@ def test_errors_end_with_two(argv, message, capsys):
 def test_the_command_line_lists_its_commands(capsys):
     assert command_line.main(["plam"]) == 2
     assert "plan" in (err := capsys.readouterr().err) and "explain" in err
+    assert command_line.main(["keys"]) == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in config.KEYS) and "Names of the mesh axes." in out
+    assert command_line.main(["keys", "--deepspeed"]) == 0 and "`train_batch_size`" in capsys.readouterr().out
     done = subprocess.run(
         [sys.executable, "-m", "zerojax", "plan", "--params=70e9", "--devices=64"],
         cwd=ROOT,

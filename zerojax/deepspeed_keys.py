@@ -184,7 +184,11 @@ _ZERO = _within(
     ),
     _within(
         "offload_param",
-        _rows(HONOURED, "device", "`zero.offload.params`, at stage 3; nvme is refused"),
+        _rows(
+            HONOURED,
+            "device",
+            "`zero.offload.params`, at stage 3, which raises while it is not served; nvme is refused",
+        ),
         _rows(NOTED, "pin_memory", _PINNED),
         _rows(NOTED, "buffer_count buffer_size max_in_cpu", _BUCKETS),
         _rows(NOTED, "nvme_path", _NVME),

@@ -32,7 +32,7 @@ KEYS: dict[str, Key] = {
     "zero.layerwise": Key(str, "Regex of leaf paths that the model gathers itself, at stage 3."),
     "zero.offload.device": Key("none", "Where optimizer state lives between steps.", ("none", "pinned_host")),
     "zero.offload.fraction": Key(1.0, "Share of it that is offloaded."),
-    "zero.offload.hbm_budget_bytes": Key(int, "Bytes of it that may stay on each device, instead of a fraction."),
+    "zero.offload.hbm_budget_bytes": Key(int, "Bytes that all at rest may take on each device, instead of a fraction."),
     "zero.offload.pattern": Key(str, "Regex of leaf paths that are offloaded."),
     "zero.offload.bucket_bytes": Key(2**25, "Bytes that travel at a time."),
     "zero.offload.params": Key(False, "Whether params are offloaded too, at stage 3."),
