@@ -101,7 +101,7 @@ def main() -> None:
     metrics: Any = None
     for _ in range(args.steps):
         metrics = engine.train_batch()
-    held_out = zerojax.data.Dataloader(MaskedText(data.held_out, args.tokens), engine.plan.batch, rows=64)
+    held_out = zerojax.Dataloader(MaskedText(data.held_out, args.tokens), engine.plan.batch, rows=64)
     losses = [float(engine.eval_batch(held_out.next_batch())["loss"]) for _ in range(8)]
     print(f"step {engine.global_steps}: loss {float(metrics['loss']):.3f}, held out {np.mean(losses):.3f} nats a byte")
 

@@ -197,6 +197,18 @@ def test_hidden_defaults_are_deepspeeds():
         assert config.from_deepspeed({"train_batch_size": 8}).optimizer.learning_rate == 1e-3
 
 
+def test_muons_two_rates():
+    rates = lambda c: (c.optimizer.learning_rate, c.optimizer.adam_learning_rate)
+    muon = lambda **params: {"train_batch_size": 8, "optimizer": {"type": "Muon", "params": params}}
+    assert rates(read(muon())) == (0.02, 3e-4)
+    assert rates(read(muon(lr=0.5))) == (0.5, 0.5)
+    assert rates(read(muon(lr=0.5, muon_lr=0.25))) == (0.25, 0.5)
+    assert rates(read(muon(adam_lr=0.125) | {"scheduler": {"type": "WarmupLR"}})) == (0.02, 0.125)
+    absolute = {"scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": 0.1}}}
+    with pytest.warns(UserWarning, match="one rate, as in DeepSpeed"):
+        assert rates(config.from_deepspeed(muon(adam_lr=0.125) | absolute)) == (0.02, 0.02)
+
+
 def test_auto_is_hugging_faces_default_and_can_be_given():
     raw = {
         "train_batch_size": "auto",

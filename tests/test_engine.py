@@ -255,6 +255,43 @@ def test_annotations_of_a_model_are_specs():
     assert engine.train_batch({"x": np.ones((16, 8), np.float32)})["finite"]
 
 
+def test_the_axis_is_the_meshs_only_one_or_the_configs():
+    batch = data(16)
+    engine, *_ = zerojax.initialize(
+        small(), model=MLPLoss(), sample_batch=batch, mesh=models.mesh_of(8, names=("fsdp",))
+    )
+    assert engine.plan.axes == ("fsdp",)
+    mesh = models.mesh_of(4, 2, names=("fsdp", "model"))
+    with pytest.raises(ValueError, match=r"zero.axis=\('data',\) names no axes of the mesh"):
+        zerojax.initialize(small(), model=MLPLoss(), training_data=batch, mesh=mesh)
+    both = small(zero={"stage": 1, "min_size": 1, "axis": ["fsdp", "model"]})
+    engine, *_ = zerojax.initialize(both, model=MLPLoss(), training_data=batch, mesh=mesh)
+    assert engine.plan.num_shards == 8 and engine.train_batch()["finite"]
+
+
+def test_a_checkpoint_goes_on_where_it_was(tmp_path):
+    pytest.importorskip("zerojax.checkpoint")
+    make = lambda stage, devices: zerojax.initialize(
+        small(zero={"stage": stage, "min_size": 1}, schedule={"name": "WarmupLR", "warmup_num_steps": 4}),
+        model=MLP(),
+        loss_fn=functools.partial(mse, MLP()),
+        training_data=data(64),
+        mesh=models.mesh_of(devices),
+    )[0]
+    engine = make(3, 8)
+    for _ in range(3):
+        engine.train_batch()
+    engine.save_checkpoint(tmp_path, extra={"note": "half way"})
+    want = [float(engine.train_batch()["loss"]) for _ in range(3)]
+    for stage, devices in ((3, 8), (1, 4)):
+        other = make(stage, devices)
+        other.train_batch()
+        assert other.load_checkpoint(tmp_path) == {"note": "half way"}
+        assert other.global_steps == other.dataloader.step == 3 and other.get_lr()[0] > 0
+        got = [float(other.train_batch()["loss"]) for _ in range(3)]
+        assert got == want if devices == 8 else got == pytest.approx(want, rel=1e-5)
+
+
 def test_lines_are_printed_every_so_often(capsys):
     engine, *_ = zerojax.initialize(small(logging={"every": 2}), model=MLPLoss(), sample_batch=data(16))
     for _ in range(3):

@@ -2,6 +2,7 @@
 
 from zerojax import config as config
 from zerojax import schedules as schedules
+from zerojax.data import Dataloader as Dataloader
 from zerojax.engine import Engine as Engine
 from zerojax.engine import initialize as initialize
 from zerojax.fused import chain as chain

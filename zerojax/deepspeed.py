@@ -330,6 +330,10 @@ def _schedule(c: ConfigDict, read: _Reader) -> None:
         c.schedule[name] = schema.checked(f"schedule.{name}", value)
     if kind == "WarmupDecayLR" and "warmup_max_lr" not in given:
         c.schedule.warmup_max_lr = 1e-3  # the class's default; WarmupLR takes the optimizer's
+    own_rates = kind == "WarmupCosineLR" or (kind == "WarmupLR" and c.schedule.warmup_max_lr is None)
+    if c.optimizer.name == "muon" and not own_rates and c.optimizer.adam_learning_rate != c.optimizer.learning_rate:
+        read.note("optimizer.params.adam_lr", f"{kind} gives all leaves one rate, as in DeepSpeed")
+        c.optimizer.adam_learning_rate = c.optimizer.learning_rate
     if kind in ("WarmupLR", "WarmupDecayLR", "WarmupCosineLR") and c.schedule.warmup_num_steps == 0:
         raise ValueError("DeepSpeed config: 'scheduler.params.warmup_num_steps' must be at least 1, got 0.")
 

@@ -196,12 +196,11 @@ def initialize(
     optimizer = configs.make_optimizer(c, schedule)
     mesh = configs.make_mesh(c) if mesh is None else mesh
     options = configs.plan_options(c)
-    if len(mesh.axis_names) == 1:
-        options["axis"] = mesh.axis_names[0]
+    axis = options["axis"] = _axis(c, mesh)
     dataloader = None
     if training_data is not None:
-        rows = configs.solve_batch(c, meshes.shards(mesh, options["axis"])).rows
-        sharding = NamedSharding(mesh, PartitionSpec(options["axis"]))
+        rows = configs.solve_batch(c, meshes.shards(mesh, axis)).rows
+        sharding = NamedSharding(mesh, PartitionSpec(axis))
         dataloader = Dataloader(training_data, sharding, rows, seed=seed, **c.data)
         sample_batch = dataloader.example() if sample_batch is None else sample_batch
     pure = as_functions(model, loss_fn, sample_batch)
@@ -223,6 +222,16 @@ def _read(config: Any) -> ConfigDict:
     if isinstance(config, Mapping) and looks_like_deepspeed(config):
         return configs.from_deepspeed(config)
     return configs.check(config)
+
+
+def _axis(c: ConfigDict, mesh: Mesh) -> str | tuple[str, ...]:
+    """The mesh axes that ZeRO shards over; a mesh of one axis leaves no choice."""
+    if len(mesh.axis_names) == 1:
+        return mesh.axis_names[0]
+    axes = tuple(c.zero.axis)
+    if not set(axes) <= set(mesh.axis_names):
+        raise ValueError(f"config: zero.axis={axes} names no axes of the mesh, which has {mesh.axis_names}.")
+    return axes if len(axes) > 1 else axes[0]
 
 
 def _on_cast_batch(loss_fn: LossFn, c: ConfigDict) -> LossFn:
