@@ -99,7 +99,7 @@ def test_counts_of_known_models():
 def test_plan_says_what_fits(capsys, tmp_path):
     assert plan(["--params=7e9", "--devices=8", "--device-memory=80e9", f"--plot={tmp_path / 'p.png'}"]) == 0
     out = capsys.readouterr().out
-    assert "stage 0" in out and "does not fit" in out
+    assert "stage 0" in out and "does not fit" in out and "as configured" in out
     assert "The first that fits is stage 1: --config.zero.stage=1" in out
     assert (tmp_path / "p.png").stat().st_size > 5000
     assert plan(["--params=70e9", "--devices=1", "--device-memory=8e9"]) == 0
@@ -111,6 +111,12 @@ def test_plan_reads_a_deepspeed_file_and_keys(capsys):
     assert plan([f"--config={path}", "--params=1e9", "--config.optimizer.mu_dtype=bfloat16", "--remat"]) == 0
     said = capsys.readouterr()
     assert "bfloat16 params" in said.out and "overlap_comm" in said.err
+    assert "The first that fits is as configured." in said.out
+    offloaded = [f"--config={path.with_name('hf_zero3_offload_auto.json')}", "--params=7e9", "--device-memory=50e9"]
+    assert plan(offloaded) == 0
+    out = capsys.readouterr().out
+    rows = {line[:27].strip(): line[27:].split() for line in out.splitlines()}
+    assert rows["as configured"][:9] == rows["stage 3, offload"][:9] and rows["stage 3"][-3:-1] == ["0", "B"]
 
 
 def test_plan_reads_a_program_and_a_models_config(capsys, tmp_path, monkeypatch):

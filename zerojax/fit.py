@@ -95,8 +95,12 @@ def table(found: list[Setting], device_memory: float) -> str:
     end = "No setting fits: take more devices, or a smaller model."
     if fits is not None:
         flags = " ".join(f"--config.{key}={value}" for key, value in fits.keys.items())
-        end = f"The first that fits is {fits.name}: {flags}"
-    return f"{report.text_table(header, rows)}\n\n{end}"
+        end = f"The first that fits is {fits.name}" + (f": {flags}" if flags else ".")
+    note = (
+        "gradients: while a step runs. A scan over layers stacks them before they are scattered, so below stage 3 they "
+        "are whole;\nmodels without a scan hold less."
+    )
+    return f"{report.text_table(header, rows)}\n{note}\n\n{end}"
 
 
 def compiled_bytes(c: ConfigDict, sizes: Sizes, mesh: Any, rows: int, *, dtype: str, remat: bool) -> dict[str, int]:
@@ -128,13 +132,15 @@ def compiled_bytes(c: ConfigDict, sizes: Sizes, mesh: Any, rows: int, *, dtype: 
 
 
 def _variants(c: ConfigDict) -> Iterator[tuple[str, dict[str, Any]]]:
+    yield "as configured", {}
+    home: dict[str, Any] = {} if c.zero.offload.device == "none" else {"zero.offload.device": "none"}
     for stage in range(4):
-        yield f"stage {stage}", {"zero.stage": stage}
+        yield f"stage {stage}", {"zero.stage": stage} | home
     small = c.optimizer.name.lower() in ("adam", "adamw", "lamb")
     for dtype in ("bfloat16", "int8") if small else ():
         for stage in (2, 3):
             keys = {"zero.stage": stage, "optimizer.mu_dtype": dtype, "optimizer.nu_dtype": dtype}
-            yield f"stage {stage}, {dtype} moments", keys
+            yield f"stage {stage}, {dtype} moments", keys | home
     for stage in (1, 2, 3):
         yield f"stage {stage}, offload", {"zero.stage": stage, "zero.offload.device": "pinned_host"}
 
