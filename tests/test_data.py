@@ -7,8 +7,10 @@ import sys
 import models
 import numpy as np
 import pytest
+import test_engine
 from jax.sharding import NamedSharding, PartitionSpec
 
+import zerojax
 from zerojax.data import Dataloader
 
 
@@ -196,11 +198,15 @@ batch = loader.next_batch()
 mine = np.concatenate([np.asarray(s.data) for s in batch["row"].addressable_shards])
 total = jax.jit(lambda x: x.sum(), out_shardings=NamedSharding(mesh, PartitionSpec()))(batch["row"])
 print(mine.tolist(), data.read, int(total))
+import test_engine, zerojax
+config = test_engine.small(zero={"stage": 3, "min_size": 1})
+engine, *_ = zerojax.initialize(config, model=test_engine.MLPLoss(), training_data=test_engine.data(64))
+print(*[float(engine.train_batch()["loss"]) for _ in range(2)], engine.get_global_grad_norm())
 """
 
 
 @pytest.mark.slow
-def test_each_of_two_processes_reads_its_own_rows():
+def test_two_processes_read_their_own_rows_and_train_as_one():
     import socket
 
     with socket.socket() as s:
@@ -215,6 +221,13 @@ def test_each_of_two_processes_reads_its_own_rows():
     outs = [p.communicate(timeout=120) for p in [start(0), start(1)]]
     assert all(out for out, _ in outs), outs
     want = rows_of([Dataloader(table(), sharding(4), 8, seed=1).next_batch()])[0]
+    config = test_engine.small(zero={"stage": 3, "min_size": 1})
+    engine, *_ = zerojax.initialize(
+        config, model=test_engine.MLPLoss(), training_data=test_engine.data(64), mesh=models.mesh_of(4)
+    )
+    alone = [*(float(engine.train_batch()["loss"]) for _ in range(2)), engine.get_global_grad_norm()]
     for k, (out, _) in enumerate(outs):
+        rows, trained = out.splitlines()[-2:]
         part = want[4 * k : 4 * k + 4]
-        assert out.split("\n")[-2] == f"{part} {part} {sum(want)}"
+        assert rows == f"{part} {part} {sum(want)}"
+        np.testing.assert_allclose([float(x) for x in trained.split()], alone, rtol=1e-5)

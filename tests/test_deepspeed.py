@@ -197,6 +197,27 @@ def test_hidden_defaults_are_deepspeeds():
         assert config.from_deepspeed({"train_batch_size": 8}).optimizer.learning_rate == 1e-3
 
 
+def test_small_moments_of_every_optimizer():
+    half = merged(BF16, {"bf16": {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}})
+    dtypes = lambda c: (c.optimizer.mu_dtype, c.optimizer.nu_dtype)
+    assert dtypes(read(merged(BASE, half))) == ("bfloat16", "bfloat16")
+    assert dtypes(read(merged(BASE, half, {"optimizer": {"type": "Lion"}}))) == ("bfloat16", None)
+    with pytest.warns(UserWarning, match="those of sgd stay as they are"):
+        c = config.from_deepspeed(merged(BASE, half, SGD))
+    config.make_optimizer(c)
+
+
+def test_loss_scale_grows_and_shrinks_as_deepspeeds():
+    """DeepSpeed 0.19: with a window of 2 the scale doubles after steps 3, 5 and 7; two overflows halve it."""
+    fp16 = {"enabled": True, "initial_scale_power": 4, "loss_scale_window": 2, "hysteresis": 2, "min_loss_scale": 16}
+    rule = config.make_loss_scale(read(merged(BASE, {"fp16": fp16})))
+    state, scales = rule.init(), []
+    for finite in [True] * 7 + [False] * 4:
+        state = rule.update(state, finite)
+        scales.append(float(state.scale))
+    assert scales == [16, 16, 32, 32, 64, 64, 128, 128, 64, 32, 16]
+
+
 def test_muons_two_rates():
     rates = lambda c: (c.optimizer.learning_rate, c.optimizer.adam_learning_rate)
     muon = lambda **params: {"train_batch_size": 8, "optimizer": {"type": "Muon", "params": params}}

@@ -13,7 +13,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from zerojax import deepspeed_keys as keys
-from zerojax import schema
+from zerojax import recipes, schema
 from zerojax.schema import nearest
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -63,6 +63,8 @@ def from_deepspeed(
     _zero(c, read)
     _optimizer(c, read)
     _schedule(c, read)
+    if read.small_moments:
+        _small_moments(c, read)
     read.tell()
     return c
 
@@ -87,6 +89,7 @@ class _Reader:
     def __init__(self, raw: dict[str, Any], auto: dict[str, Any]) -> None:
         self.values: dict[str, Any] = {}
         self.notes: dict[str, list[str]] = {}
+        self.small_moments = False
         self._auto = auto
         for name in auto:
             if name not in keys.KEYS:
@@ -193,7 +196,7 @@ def _precision(c: ConfigDict, read: _Reader) -> None:
                     "DeepSpeed config: bf16_optimizer_states needs bf16_master_weights_and_grads. For small moments of "
                     "exact weights set optimizer.mu_dtype and nu_dtype of the config that from_deepspeed returns."
                 )
-            c.optimizer.mu_dtype = c.optimizer.nu_dtype = "bfloat16"
+            read.small_moments = True
     if is_fp16:
         _loss_scale(c, read)
         c.precision.cast_batch = read.flag("fp16.auto_cast")
@@ -309,9 +312,17 @@ def _set_optimizer(c: ConfigDict, read: _Reader, name: str, params: dict[str, An
     if not read.flag("optimizer.params.bias_correction", True):
         o.bias_correction = False
     if not read.flag("optimizer.params.fp32_optimizer_states", True) and c.precision.params == "bfloat16":
-        o.mu_dtype = "bfloat16"
-        if name in ("adam", "adamw"):
-            o.nu_dtype = "bfloat16"
+        read.small_moments = True
+
+
+def _small_moments(c: ConfigDict, read: _Reader) -> None:
+    """bfloat16 for the moments of which the optimizer lets one choose the dtype."""
+    _, takes = recipes.OPTIMIZERS[c.optimizer.name]
+    chosen = [name for name in ("mu_dtype", "nu_dtype") if name in takes]
+    for name in chosen:
+        c.optimizer[name] = "bfloat16"
+    if not chosen:
+        read.note("bfloat16 optimizer states", f"those of {c.optimizer.name} stay as they are")
 
 
 def _schedule(c: ConfigDict, read: _Reader) -> None:
