@@ -140,6 +140,22 @@ def test_four_ways_to_give_a_linen_model():
     assert float(engine.eval_batch(batch)["loss"]) < first
 
 
+def test_a_model_that_takes_less_than_a_batch_gets_what_its_arguments_name_or_the_first_entry():
+    class Named(nn.Module):
+        @nn.compact
+        def __call__(self, tokens, mask=None):
+            return nn.Dense(2 if mask is None else 3)(tokens)
+
+    floats = lambda width: np.ones((16, width), np.float32)
+    kernel = lambda model, batch: (
+        zerojax.initialize(small(), model=model, loss_fn=lambda params, batch: 0.0, sample_batch=batch)[0]
+        .state.params["Dense_0"]["kernel"].shape
+    )  # fmt: skip
+    assert kernel(Named(), {"labels": floats(4), "tokens": floats(5)}) == (5, 2)
+    assert kernel(Named(), {"mask": floats(4), "tokens": floats(5)}) == (5, 3)
+    assert kernel(MLP(), {"x": floats(7), "a": floats(4)}) == (7, 13)  # the first as it was given, not by the alphabet
+
+
 @pytest.mark.parametrize("stage", [0, 3])
 @pytest.mark.parametrize("way", ["module", "class", "loss_fn"])
 def test_nnx(way, stage):

@@ -60,7 +60,7 @@ class Dataloader:
         drop_last: bool = False,
         prefetch: int = 2,
     ) -> None:
-        self.step = 0
+        self._step = 0
         self._rows, self._seed, self._sharding = rows, seed, sharding
         self._prefetch = max(prefetch, 0)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="zerojax-data") if prefetch > 0 else None
@@ -77,6 +77,11 @@ class Dataloader:
                 f"training data must be arrays, have len and [i], or be iterable; got {type(data).__name__}."
             )
 
+    @property
+    def step(self) -> int:
+        """Batches taken so far."""
+        return self._step
+
     def __len__(self) -> int:
         """Batches in an epoch."""
         if isinstance(self._source, _Streamed):
@@ -87,7 +92,7 @@ class Dataloader:
         """Batches to the end of the epoch."""
         source = self._source
         if isinstance(source, _Indexed):
-            for _ in range(source.batches - self.step % source.batches):
+            for _ in range(source.batches - self._step % source.batches):
                 yield self.next_batch()
             return
         while (batch := self._next()) is not None:
@@ -104,7 +109,7 @@ class Dataloader:
 
     def state(self) -> dict[str, Any]:
         """Where the loader is, as JSON holds it."""
-        state = {"step": self.step, "rows": self._rows, "seed": self._seed}
+        state = {"step": self._step, "rows": self._rows, "seed": self._seed}
         return state | ({"source": self._source.taken} if isinstance(self._source, _Streamed) else {})
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -122,22 +127,21 @@ class Dataloader:
         for future in self._ready:
             future.cancel() or future.result()
         self._ready.clear()
-        self.step = int(state["step"])
+        self._step = int(state["step"])
         if isinstance(self._source, _Streamed):
-            self._source.restore(state["source"], self.step)
+            self._source.restore(state["source"], self._step)
 
     def _next(self) -> PyTree | None:
         """The next batch; None where an iterable has come to its end, after which it begins anew."""
-        ahead = lambda k: functools.partial(self._make, self.step + k)
         if self._pool is None:
-            batch, taken = self._make(self.step)
+            batch, taken = self._make(self._step)
         else:
             while len(self._ready) < 1 + self._prefetch:
-                self._ready.append(self._pool.submit(ahead(len(self._ready))))
+                self._ready.append(self._pool.submit(self._make, self._step + len(self._ready)))
             batch, taken = self._ready.popleft().result()
         if isinstance(self._source, _Streamed):
             self._source.taken = taken
-        self.step += batch is not None
+        self._step += batch is not None
         return batch
 
     def _make(self, step: int) -> tuple[PyTree | None, Any]:

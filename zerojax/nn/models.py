@@ -55,6 +55,8 @@ def _linen(model: linen.Module, loss_fn: LossFn | None, sample_batch: PyTree) ->
     if sample_batch is None:
         raise TypeError("a Linen model begins with a call on a batch: pass sample_batch= or training_data=.")
     shapes = jax.eval_shape(lambda x: x, sample_batch)
+    if isinstance(sample_batch, Mapping):
+        shapes = {name: shapes[name] for name in sample_batch}  # JAX sorts them
     inputs, variables = _inputs(model, shapes, whole=loss_fn is None)
     if other := sorted(set(variables) - {"params"}):
         raise ValueError(
