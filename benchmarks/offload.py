@@ -28,8 +28,8 @@ CASES = ("none", "float32", "bfloat16", "int8")
 WARM = 3
 
 
-def run_case(case: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Times one case on all local devices."""
+def build(case: str, args: argparse.Namespace) -> tuple[Any, Any, Any, Any]:
+    """A case's optimizer, state, step and batch."""
     import gpt
     import jax
     import jax.numpy as jnp
@@ -54,7 +54,14 @@ def run_case(case: str, args: argparse.Namespace) -> dict[str, Any]:
     step = zerojax.make_train_step(gpt.make_loss(model), tx, plan, layerwise=gpt.LAYERWISE)
     rows = args.rows * mesh.size
     batch = np.random.default_rng(0).integers(0, config.vocab, (rows, args.tokens + 1), dtype=np.int32)
-    batch = jax.device_put(batch, jax.NamedSharding(mesh, jax.P("data")))
+    return tx, state, step, jax.device_put(batch, jax.NamedSharding(mesh, jax.P("data")))
+
+
+def run_case(case: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Times one case on all local devices."""
+    import jax
+
+    tx, state, step, batch = build(case, args)
     times, losses = [], []
     for i in range(WARM + args.steps):
         start = time.perf_counter()
@@ -65,6 +72,7 @@ def run_case(case: str, args: argparse.Namespace) -> dict[str, Any]:
     seconds = statistics.median(times[WARM:])
     device = jax.local_devices()[0]
     stats = device.memory_stats() or {}
+    plan = tx.plan
     memory = plan.memory(tx)
     peak = stats.get("peak_bytes_in_use", 0)
     result = {
@@ -72,15 +80,15 @@ def run_case(case: str, args: argparse.Namespace) -> dict[str, Any]:
         "ms": round(seconds * 1e3, 1),
         "ms_min": round(min(times[WARM:]) * 1e3, 1),
         "first_s": round(times[0], 1),
-        "tokens_per_s": round(rows * args.tokens / seconds),
+        "tokens_per_s": round(len(batch) * args.tokens / seconds),
         "peak_gib": round(peak / 2**30, 2),
-        "host_gb": round(memory.host * mesh.size / 1e9, 2),
+        "host_gb": round(memory.host * plan.mesh.size / 1e9, 2),
         "first_loss": round(losses[0], 4),
         "last_loss": round(losses[-1], 4),
-        "device": f"{mesh.size} x {device.device_kind}",
+        "device": f"{plan.mesh.size} x {device.device_kind}",
         "jax": jax.__version__,
     }
-    if offload is not None:
+    if plan.offload is not None and args.walk:
         walks = [_walk(state, tx) for _ in range(3)]
         result["walk_ms"] = round(min(walks[1:]) * 1e3, 1)
         result["gb_per_s"] = round(2 * memory.host / min(walks[1:]) / 1e9, 1)
@@ -129,6 +137,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--remat", action="store_true")
     parser.add_argument("--unrolled", action="store_true", help="layers side by side, not in a scan")
+    parser.add_argument("--no-walk", dest="walk", action="store_false", help="not the update alone, which takes a copy")
     parser.add_argument("--case")
     parser.add_argument("--cases", nargs="*", default=CASES)
     parser.add_argument("--out", type=pathlib.Path, default=ROOT / "benchmarks" / "results")
@@ -138,6 +147,7 @@ def main() -> None:
         return
     options = [f"--{k}={getattr(args, k)}" for k in ("size", "stage", "rows", "tokens", "steps")]
     options += ["--remat"] * args.remat + ["--unrolled"] * args.unrolled
+    options += ["--no-walk"] * (not args.walk)
     results = []
     for case in args.cases:
         command = [sys.executable, __file__, *options, f"--case={case}"]

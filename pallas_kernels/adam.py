@@ -282,7 +282,8 @@ def adam_choice(
 ) -> dispatch.Choice:  # fmt: skip
     """Which implementation `adam` would run."""
     arrays = (params, grads, mu, nu)
-    return dispatch.choose("adam", implementation, arrays, unserved=unserved(arrays))
+    empty = all(0 in formats.shape_of(p) for p in params)
+    return dispatch.choose("adam", implementation, arrays, empty=empty, unserved=unserved(arrays))
 
 
 def unserved(arrays: Any) -> str | None:

@@ -17,7 +17,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from pallas_kernels import formats
@@ -26,6 +25,7 @@ from zerojax import meshes
 PyTree = Any
 HOST, DEVICE = "pinned_host", "device"
 _POOL = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
+LIVE = 4  # buckets on the device at once: one leaves, one is or will be updated, two come in
 LEAST_BYTES = 2**20  # of a piece: the time of a smaller transfer is its latency
 
 
@@ -40,7 +40,8 @@ class Offload:
       hbm_budget_bytes: What params, gradients and state at rest may take on each device, in bytes: as much of the
         state as does not fit is on the host, the largest leaves first.
       pattern: A regex on paths of the state's leaves, `0/mu/blocks/kernel` say: others stay on the device.
-      bucket_bytes: Bytes of state, on each device, that move at once. The update holds less than four buckets.
+      bucket_bytes: The update takes less than four times this much memory of each device; large buckets cost fewer
+        calls, small ones less memory.
       params: Whether params are in host memory, too.
 
     Example:
@@ -70,6 +71,11 @@ class Offload:
             raise NotImplementedError(
                 "Offload(params=True), params in host memory, is not served yet; stage 3 shards them over devices."
             )
+
+    @property
+    def filled_bytes(self) -> int:
+        """What buckets are filled to: `LIVE` of them are on the device, which are to be less than four of the asked."""
+        return max(self.bucket_bytes * 15 // (4 * LIVE), 1)
 
 
 def as_offload(offload: str | Offload | None) -> Offload | None:
@@ -218,7 +224,7 @@ class Rest:
 
     name: str
     shape: tuple[int, ...]
-    dtype: np.dtype
+    dtype: Any
     spec: PartitionSpec
     size: int
     param: int | None
@@ -276,4 +282,4 @@ class Absent:
 
     number: int
     shape: tuple[int, ...]
-    dtype: np.dtype
+    dtype: Any

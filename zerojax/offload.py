@@ -2,19 +2,18 @@
 
 A step whose transformation leaves its work leaf by leaf (`fused.Work`) is several programs, dispatched from Python
 without waiting: first what comes before any leaf, the gradients for one; then one for each bucket, which updates it in
-place while the next one comes in and the last one goes out. XLA hands its copies round to four streams in the order of
-a program's results: so these alternate between the two directions, and each of them has two streams for itself.
+place and copies the last one out. Buckets come in by transfers of their own, beside the programs: a program's own
+copies go in one direction at a time, 55 GB/s of an H200's PCIe link, whatever streams they are on.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -70,7 +69,6 @@ class _Program:
 
     Attributes:
       rows: Of the bucket.
-      coming: Specs of the next bucket's pieces.
       leaving: Specs of the last bucket's pieces.
     """
 
@@ -78,36 +76,29 @@ class _Program:
     rule: Rule
     implementation: str | None
     rows: tuple[_Row, ...]
-    coming: tuple[PartitionSpec, ...]
     leaving: tuple[PartitionSpec, ...]
 
     @functools.cached_property
     def run(self) -> Callable[..., Any]:
-        """`run(kept, moved, grads, scalars, numbers, at, coming, leaving) -> (kept, moved, copies)`.
+        """`run(kept, moved, grads, scalars, numbers, at, leaving) -> (kept, moved, left)`.
 
         `kept` and `moved`, lists a row of lists of arrays, are donated: whole arrays of the device, of which a row's
         piece is replaced, and pieces. `numbers` int32[rows] are the leaves', `at` int32[rows, dims] places in grids.
-        `coming` are pieces on the host, `leaving` on the device; `copies` are those on the other side, in turns.
+        `leaving` are pieces, and `left` the same on the host.
         """
         mesh = self.plan.mesh
         split_specs = [row.split(row.specs) for row in self.rows]
         specs = tuple([pair[k] for pair in split_specs] for k in (0, 1))
         update = meshes.on_mesh(mesh, self._update, specs)
-        targets = _in_turns(
-            [NamedSharding(mesh, spec) for spec in self.coming],
-            [NamedSharding(mesh, spec, memory_kind=host.HOST) for spec in self.leaving],
-        )
+        out = [NamedSharding(mesh, spec, memory_kind=host.HOST) for spec in self.leaving]
 
-        def run(
-            kept: Any, moved: Any, grads: Any, scalars: Any, numbers: Any, at: Any, coming: Any, leaving: Any
-        ) -> Any:
-            copies = [jax.device_put(x, to) for x, to in zip(_in_turns(coming, leaving), targets, strict=True)]
-            return *update(kept, moved, grads, scalars, numbers, at), copies
+        def run(kept: Any, moved: Any, grads: Any, scalars: Any, numbers: Any, at: Any, leaving: Any) -> Any:
+            return *update(kept, moved, grads, scalars, numbers, at), jax.device_put(leaving, out)
 
         return jax.jit(
             run,
             donate_argnums=(0, 1),
-            out_shardings=(*meshes.named(mesh, specs), targets),
+            out_shardings=(*meshes.named(mesh, specs), out),
             compiler_options=meshes.compiler_options(mesh),
         )
 
@@ -216,87 +207,92 @@ class Streamed:
 
     @functools.cached_property
     def buckets(self) -> list[_Bucket]:
-        """All buckets, in the order of the walk."""
-        assert self._work is not None
-        rows = [self._row(self._work, i) for i in range(len(self._work.params))]
-        return [_Bucket(self, [(i, *rows[i], at) for i, at in entries]) for entries in self._packed(rows)]
+        """All buckets, in the order of the walk; what does not move comes first, at once."""
+        assert self._work is not None and self.plan.offload is not None
+        still, large = [], []
+        packed: list[list[_Piece]] = []
+        room = 0
+        for i in range(len(self.plan.leaves)):
+            pieces, size = self._pieces(self._work, i)
+            if not any(pieces[0].row.moved):
+                still += pieces
+            elif len(pieces) > 1:
+                large += [[piece] for piece in pieces]
+            else:
+                if size > room:
+                    packed.append([])
+                    room = self.plan.offload.filled_bytes
+                packed[-1] += pieces
+                room -= size
+        return [_Bucket(pieces, self.plan) for pieces in [*([still] if still else []), *packed, *large]]
 
     def program(self, work: Work, b: int) -> _Program:
         """Of the b-th bucket."""
         assert work.rule is not None
-        specs = lambda k: self.buckets[k].moved_specs if 0 <= k < len(self.buckets) else ()
-        key = (work.rule, work.implementation, self.buckets[b].rows, specs(b + 1), specs(b - 1))
+        leaving = self.buckets[b - 1].moved_specs if b else ()
+        key = (work.rule, work.implementation, self.buckets[b].rows, leaving)
         return self._programs.setdefault(key, _Program(self.plan, *key))
 
-    def _row(self, work: Work, i: int) -> tuple[_Row, list[int]]:
-        """What is known of a leaf, and the numbers of its arrays."""
+    def _pieces(self, work: Work, i: int) -> tuple[list[_Piece], int]:
+        """The pieces of a leaf, and the bytes that move for all of them."""
         leaf, spec = self.plan.leaves[i], self.plan.treedef.flatten_up_to(self.plan.update_specs)[i]
         slots, stored = jax.tree.flatten((work.params[i], work.mu[i], work.nu[i]))
-        numbers = [x.number for x in slots]
-        rests = [None if n < len(self.plan.leaves) else self.rest(n) for n in numbers]
+        arrays = tuple(x.number for x in slots)
+        rests = [None if n < len(self.plan.leaves) else self.rest(n) for n in arrays]
         moved = tuple(rest is not None and rest.on_host for rest in rests)
-        grids = [rest.grid for rest in rests if rest is not None and rest.on_host]
-        grid = max(grids, key=math.prod, default=(1,) * len(leaf.shape))
+        held = [rest for rest in rests if rest is not None and rest.on_host]
+        grid = max((rest.grid for rest in held), key=math.prod, default=(1,) * len(leaf.shape))
         specs = tuple(spec if rest is None else rest.spec for rest in rests)
-        return _Row(leaf.shape, grid, spec, work.decay[i], stored, moved, specs), numbers
+        row = _Row(leaf.shape, grid, spec, work.decay[i], stored, moved, specs)
+        return [_Piece(i, row, arrays, at) for at in host.places(grid)], sum(rest.size for rest in held)
 
-    def _packed(self, rows: list[tuple[_Row, list[int]]]) -> list[list[tuple[int, tuple[int, ...]]]]:
-        """Leaves and places in their grids, of each bucket; what does not move comes first, at once."""
-        assert self.plan.offload is not None
-        still, small, large = [], [], []
-        for i, (row, numbers) in enumerate(rows):
-            size = sum(self.rest(n).size for n, moved in zip(numbers, row.moved, strict=True) if moved)
-            places = [(i, at) for at in host.places(row.grid)]
-            if not any(row.moved):
-                still += places
-            elif len(places) > 1:
-                large += [[place] for place in places]
-            else:
-                small.append((size, places[0]))
-        packed: list[list[Any]] = []
-        room = 0
-        for size, place in small:
-            if size > room:
-                packed.append([])
-                room = self.plan.offload.bucket_bytes
-            packed[-1].append(place)
-            room -= size
-        return [*([still] if still else []), *packed, *large]
+
+class _Piece(NamedTuple):
+    """A leaf, or a piece of one: its number, what programs know of it, its arrays' numbers, its place in its grid."""
+
+    leaf: int
+    row: _Row
+    arrays: tuple[int, ...]
+    at: tuple[int, ...]
+
+    @property
+    def staying(self) -> list[int]:
+        """Numbers of the arrays that stay on the device."""
+        return self.row.split(self.arrays)[0]
+
+    @property
+    def moving(self) -> list[tuple[int, int]]:
+        """Numbers of the arrays that move, and of their pieces."""
+        index = int(np.ravel_multi_index(self.at, self.row.grid)) if self.at else 0
+        return [(n, index) for n in self.row.split(self.arrays)[1]]
 
 
 class _Bucket:
     """Pieces that move together.
 
     Attributes:
-      leaves: Numbers of the rows' leaves.
       rows: What programs know of them.
-      numbers: int32[rows], `leaves` on the device.
-      at: int32[rows, dims], their places in their grids.
-      moved_specs: Specs of the pieces that move.
+      leaves: Numbers of their leaves.
+      staying: Numbers of the arrays that stay on the device, a piece a list.
+      moving: Numbers of the arrays that move, and of their pieces, likewise.
+      numbers: int32[pieces], `leaves` on the device.
+      at: int32[pieces, dims], places in grids.
+      moved_specs: Specs of what moves.
+      shardings: Of what moves, on the device.
     """
 
-    def __init__(self, streamed: Streamed, entries: list[tuple[int, _Row, list[int], tuple[int, ...]]]) -> None:
-        self.leaves, self.rows, self._arrays, self._at = ([x[k] for x in entries] for k in range(4))
-        self.rows = tuple(self.rows)
-        dims = max(map(len, self._at))
-        everywhere = NamedSharding(streamed.plan.mesh, PartitionSpec())
-        at = np.array([[*at, *[0] * (dims - len(at))] for at in self._at], np.int32).reshape(len(entries), dims)
-        self.numbers, self.at = jax.device_put((np.array(self.leaves, np.int32), at), everywhere)
+    def __init__(self, pieces: Sequence[_Piece], plan: Plan) -> None:
+        self.rows = tuple(piece.row for piece in pieces)
+        self.leaves = [piece.leaf for piece in pieces]
+        self.staying = [piece.staying for piece in pieces]
+        self.moving = [piece.moving for piece in pieces]
         self.moved_specs = tuple(spec for row in self.rows for spec in row.split(row.specs)[1])
-
-    @functools.cached_property
-    def staying(self) -> list[list[int]]:
-        """Numbers of the arrays that stay on the device, a row a list."""
-        return [row.split(numbers)[0] for row, numbers in zip(self.rows, self._arrays, strict=True)]
-
-    @functools.cached_property
-    def moving(self) -> list[list[tuple[int, int]]]:
-        """Numbers of the arrays that move, and of their pieces."""
-        index = lambda row, at: int(np.ravel_multi_index(at, row.grid)) if at else 0
-        return [
-            [(n, index(row, at)) for n in row.split(numbers)[1]]
-            for row, numbers, at in zip(self.rows, self._arrays, self._at, strict=True)
-        ]
+        self.shardings = [NamedSharding(plan.mesh, spec) for spec in self.moved_specs]
+        dims = max(len(piece.at) for piece in pieces)
+        at = np.array([[*piece.at, *[0] * (dims - len(piece.at))] for piece in pieces], np.int32)
+        leaves = np.array(self.leaves, np.int32)
+        everywhere = NamedSharding(plan.mesh, PartitionSpec())
+        self.numbers, self.at = jax.device_put((leaves, at.reshape(len(leaves), dims)), everywhere)
 
 
 class _Walk:
@@ -305,35 +301,41 @@ class _Walk:
     def __init__(self, streamed: Streamed, work: Work, arrays: list[Any], consume: bool) -> None:
         self._streamed, self._arrays, self._consume = streamed, arrays, consume
         self._new: dict[int, list[Any]] = {}  # pieces that are back in host memory, by array
+        self._read: dict[int, list[Any]] = {}  # old pieces that may be freed, by bucket
+        self._mesh = streamed.plan.mesh
         buckets = streamed.buckets
-        mesh = streamed.plan.mesh
-        first, specs = self._pieces(buckets[0]), buckets[0].moved_specs
-        # By a transfer of its own, which need not wait for the gradients.
-        here = jax.device_put(first, [NamedSharding(mesh, spec) for spec in specs]) if first else []
-        self._free(first)
-        before: list[Any] = []
+        coming = [self._bring(buckets[0])]
+        leaving: list[jax.Array] = []
+        last: list[jax.Array] = []
+        left: list[jax.Array] = []
         for b, bucket in enumerate(buckets):
-            coming = self._pieces(buckets[b + 1]) if b + 1 < len(buckets) else []
-            kept, moved, copies = streamed.program(work, b).run(
+            # Memory is taken by the call, however far Python is ahead of the device: so the program before the last
+            # has to be done. `host.LIVE` buckets are on the device then.
+            last_but_one, last = last, left
+            jax.block_until_ready(last_but_one[:1])
+            if b >= 2:
+                self._free(buckets[b - 2])
+            if b + 1 < len(buckets):
+                coming.append(self._bring(buckets[b + 1]))
+            kept, moved, left = streamed.program(work, b).run(
                 [[arrays[n] for n in numbers] for numbers in bucket.staying],
-                _like(bucket.moving, here),
+                _like(bucket.moving, coming.pop(0)),
                 [work.grads[i] for i in bucket.leaves],
                 work.scalars,
                 bucket.numbers,
                 bucket.at,
-                coming,
-                before,
+                leaving,
             )
             for numbers, row in zip(bucket.staying, kept, strict=True):
                 for n, x in zip(numbers, row, strict=True):
                     arrays[n] = x
-            self._free(coming)
-            here, back = _apart(copies, len(coming), len(before))
             if b:
-                self._keep(buckets[b - 1], back)
-            before = [x for row in moved for x in row]
-        last = [NamedSharding(mesh, spec, memory_kind=host.HOST) for spec in buckets[-1].moved_specs]
-        self._keep(buckets[-1], jax.device_put(before, last) if before else [])
+                self._keep(buckets[b - 1], left)
+            leaving = [x for row in moved for x in row]
+        out = [NamedSharding(self._mesh, spec, memory_kind=host.HOST) for spec in buckets[-1].moved_specs]
+        self._keep(buckets[-1], jax.device_put(leaving, out) if leaving else [])
+        for bucket in buckets[-2:]:
+            self._free(bucket)
 
     def at_rest(self, slot: Absent) -> Any:
         """The new array of a slot, as the plan keeps it."""
@@ -342,32 +344,25 @@ class _Walk:
             return self._arrays[slot.number]
         return parts[0] if len(parts) == 1 else Pieces(tuple(parts), self._streamed.rest(slot.number).grid)
 
-    def _pieces(self, bucket: _Bucket) -> list[jax.Array]:
-        """A bucket's pieces on the host."""
+    def _bring(self, bucket: _Bucket) -> list[jax.Array]:
+        """A bucket's pieces, on their way to the device."""
         part = lambda x, k: x.parts[k] if isinstance(x, Pieces) else x
-        return [part(self._arrays[n], k) for row in bucket.moving for n, k in row]
+        pieces = [part(self._arrays[n], k) for row in bucket.moving for n, k in row]
+        if not pieces:
+            return []
+        if self._consume:
+            self._read[id(bucket)] = pieces
+        return jax.device_put(pieces, bucket.shardings)
+
+    def _free(self, bucket: _Bucket) -> None:
+        """Frees a bucket's old pieces, which have been read: earlier, the device's next program would wait for that."""
+        for x in self._read.pop(id(bucket), []):
+            x.delete()
 
     def _keep(self, bucket: _Bucket, pieces: list[jax.Array]) -> None:
         """Takes a bucket's new pieces, back on the host."""
         for (n, _), x in zip((place for row in bucket.moving for place in row), pieces, strict=True):
             self._new.setdefault(n, []).append(x)
-
-    def _free(self, pieces: list[jax.Array]) -> None:
-        if self._consume:
-            for x in pieces:
-                x.delete()
-
-
-def _in_turns(xs: Sequence[Any], ys: Sequence[Any]) -> list[Any]:
-    """One of each in turn, and then what is left of the longer."""
-    shared = min(len(xs), len(ys))
-    return [*itertools.chain(*zip(xs, ys, strict=False)), *xs[shared:], *ys[shared:]]
-
-
-def _apart(both: Sequence[Any], xs: int, ys: int) -> tuple[list[Any], list[Any]]:
-    """What `_in_turns` made of `xs` and `ys` values."""
-    order = _in_turns([True] * xs, [False] * ys)
-    return tuple([x for x, is_x in zip(both, order, strict=True) if is_x == which] for which in (True, False))  # type: ignore[return-value]
 
 
 def _like(rows: Sequence[Sequence[Any]], flat: Sequence[Any]) -> list[list[Any]]:

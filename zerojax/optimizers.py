@@ -63,6 +63,8 @@ def fused_adam(
       float32 arithmetic whatever is stored. Departures from Optax: moments of 16-bit params are float32 by default,
       and bfloat16 ones are rounded stochastically, since at b2 = 0.999 one that is rounded to nearest never decays.
       The random bits are a hash of step, leaf and element: the same at every stage and on any number of devices.
+      Elements are counted modulo 2**32: in a larger leaf those 2**32 apart share their bits, each rounded without bias
+      still.
 
     Memory:
       Bytes a param: 8 for float32 moments, 4 for bfloat16 ones, 2.07 for int8 ones.

@@ -168,7 +168,7 @@ class Plan:
         def rest(path: tuple[Any, ...], x: jax.ShapeDtypeStruct) -> Rest:
             param, spec = self._spec_of(numbers, path, x.shape)
             size = layout.shard_bytes(self.mesh, x, spec)
-            return Rest(meshes.path_name(path), x.shape, np.dtype(x.dtype), spec, size, param, grid=(1,) * x.ndim)
+            return Rest(meshes.path_name(path), x.shape, x.dtype, spec, size, param, grid=(1,) * x.ndim)
 
         rests = jax.tree_util.tree_map_with_path(rest, state)
         return rests if self.offload is None else self._offloaded(rests, unit)
@@ -200,7 +200,7 @@ class Plan:
         for rest, is_moved in zip(leaves, on_host, strict=True):
             if is_moved and rest.param is not None:
                 held[rest.param] += rest.size
-        limit = max(self.offload.bucket_bytes, host.LEAST_BYTES)
+        limit = max(self.offload.filled_bytes, host.LEAST_BYTES)
         grids = [self._grid(leaf, math.ceil(size / limit)) for leaf, size in zip(self.leaves, held, strict=True)]
         for i, rest in enumerate(leaves):
             in_pieces = on_host[i] and unit == "element"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -222,7 +223,8 @@ def make_train_step(
       has_aux: `loss_fn` returns `(loss, aux)`. Each array in `aux` is reduced as the loss is.
       reduce: "mean" or "sum" of the loss over devices and micro-batches.
       grad_dtype: Dtype in which gradients are summed over devices; each param's own by default. Micro-batches are
-        summed in float32 whatever it is.
+        summed in float32 whatever it is. The optimizer gets gradients in the wider of it and the param's dtype; those
+        of `layerwise` leaves have been rounded to the param's.
       loss_scale: Multiplies the loss, and takes it out of the gradients in float32. A step with an overflow then
         changes nothing but the scale, and is counted.
       layerwise: At stage 3, a regex or predicate on leaf paths: leaves that the model gathers itself, layer by layer,
@@ -238,6 +240,9 @@ def make_train_step(
       ValueError: batch rows are no multiple of devices x micro-batches; params do not match the plan; the loss is no
         scalar.
       TypeError: a param without a gradient (integers).
+
+    Warns:
+      UserWarning: float16 params without a loss scale, once in a process: their small gradients become zero.
 
     Communication:
       Bytes a device and step, for n devices, P bytes of params and G of gradients in the dtype they travel in, times (n
@@ -270,6 +275,8 @@ def make_train_step(
         layerwise=layerwise,
     )
     state_specs = _state_specs(tx, plan, loss_scale)
+    if loss_scale is None:
+        _warn_of_float16(plan)
 
     skips = loss_scale is not None or getattr(tx.inner, "skips", False)
 
@@ -412,6 +419,24 @@ def place_batch(objective: Objective, batch: PyTree) -> PyTree:
         return jax.device_put(x, sharding)
 
     return jax.tree_util.tree_map_with_path(place, batch)
+
+
+_warned_of_float16 = False
+
+
+def _warn_of_float16(plan: Plan) -> None:
+    """Warns, once in a process, of float16 params whose loss is not scaled."""
+    global _warned_of_float16
+    half = [leaf.name for leaf in plan.leaves if leaf.dtype == jnp.float16]
+    if not half or _warned_of_float16:
+        return
+    _warned_of_float16 = True
+    warnings.warn(
+        f"make_train_step: {len(half)} params are float16, {half[0]!r} for one, and the loss is not scaled: gradients "
+        "below 6e-8 become zero, and sums above 65504 infinite. Pass loss_scale=zerojax.dynamic_loss_scale() to "
+        "create_train_state and make_train_step, or take bfloat16 params, which need none.",
+        stacklevel=3,
+    )
 
 
 def _next_scale(loss_scale: LossScale, state: TrainState, finite: jax.Array) -> tuple[TrainState, dict[str, Any]]:
