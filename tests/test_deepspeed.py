@@ -255,6 +255,9 @@ def test_auto_is_hugging_faces_default_and_can_be_given():
         c = config.from_deepspeed(raw, auto=given)
     assert c.optimizer.learning_rate == 1e-3 and c.precision.params == "bfloat16"
     assert float(config.make_schedule(c)(1001)) == pytest.approx(1e-3)  # the rate, not the class's default
+    with pytest.warns(UserWarning, match='stage: "auto" is DeepSpeed\'s default'):
+        assert config.from_deepspeed(merged(BASE, {"zero_optimization": {"stage": "auto"}})).zero.stage == 0
+    assert read(merged(BASE, {"amp": {"enabled": "auto", "opt_level": "auto"}})) == read(BASE)
     with pytest.raises(ValueError, match=r"unknown key 'optimizer\.params\.lrr'"):
         config.from_deepspeed(raw, auto={"optimizer.params.lrr": 1e-3})
 

@@ -90,9 +90,10 @@ def data(rows=64):
     return {"x": rng.normal(size=(rows, 7)).astype(np.float32), "y": rng.normal(size=(rows, 3)).astype(np.float32)}
 
 
-@pytest.mark.parametrize("stage", range(4))
-def test_losses_and_norms_are_deepspeeds_at_every_stage(stage):
-    raw = CONFIG | {"zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0}}
+@pytest.mark.parametrize(("stage", "device"), [(0, "none"), (1, "none"), (2, "none"), (3, "none"), (2, "cpu")])
+def test_losses_and_norms_are_deepspeeds_at_every_stage(stage, device):
+    zero = {"stage": stage, "stage3_param_persistence_threshold": 0, "offload_optimizer": {"device": device}}
+    raw = CONFIG | {"zero_optimization": zero}
     config = zerojax.config.from_deepspeed(raw)
     config.zero.min_size = 1
     model, batches = MLP(), torch_batches()

@@ -153,7 +153,8 @@ class _Reader:
         if value == "auto":
             value = self._auto[name] if name in self._auto else keys.AUTO.get(name)
             if name not in self._auto:
-                self.note(name, f'"auto" is {value!r}' if value is not None else '"auto" is found from the other keys')
+                found = "found from other keys" if name in keys.AUTO else "DeepSpeed's default"
+                self.note(name, f'"auto" is {found if value is None else repr(value)}')
         self.values[name] = value
 
 
@@ -372,7 +373,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _is_off(value: Any) -> bool:
     """Whether a value asks for nothing."""
     if isinstance(value, Mapping):
-        return not value or value.get("enabled", True) is False
+        return not value or value.get("enabled", True) in (False, "auto")
     return value is None or value is False or value in (0, "none", "", "auto") or value == []
 
 
