@@ -153,8 +153,8 @@ class _Reader:
         if value == "auto":
             value = self._auto[name] if name in self._auto else keys.AUTO.get(name)
             if name not in self._auto:
-                found = "found from other keys" if name in keys.AUTO else "DeepSpeed's default"
-                self.note(name, f'"auto" is {found if value is None else repr(value)}')
+                known = keys.AUTO_OPEN.get(name, "DeepSpeed's default") if value is None else repr(value)
+                self.note(name, f'"auto" is {known}')
         self.values[name] = value
 
 

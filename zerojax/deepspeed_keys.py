@@ -240,7 +240,6 @@ KEYS: dict[str, Row] = {**_BATCH, **_OPTIMIZER, **_PRECISION, **_ZERO, **_OTHERS
 """By dotted name. Where a key's value is a dict, its row stands for all of it."""
 
 AUTO: dict[str, Any] = {
-    "train_batch_size": None,
     "train_micro_batch_size_per_gpu": 8,
     "gradient_accumulation_steps": 1,
     "gradient_clipping": 1.0,
@@ -249,13 +248,18 @@ AUTO: dict[str, Any] = {
     "optimizer.params.eps": 1e-8,
     "optimizer.params.weight_decay": 0.0,
     "scheduler.params.warmup_min_lr": 0.0,
-    "scheduler.params.warmup_max_lr": None,
     "scheduler.params.warmup_num_steps": 1,
-    "scheduler.params.total_num_steps": None,
     "fp16.enabled": False,
     "bf16.enabled": False,
 }
-"""What "auto" means: the defaults of Hugging Face's TrainingArguments, which fills these in. None: found elsewhere."""
+"""What "auto" means: the defaults of Hugging Face's TrainingArguments, which fills these in."""
+
+AUTO_OPEN: dict[str, str] = {
+    "train_batch_size": "what the other two make",
+    "scheduler.params.warmup_max_lr": "the optimizer's rate",
+    "scheduler.params.total_num_steps": "open: set config.schedule.total_num_steps",
+}
+"""What it means where no number stands for it."""
 
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "adam": {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0},
