@@ -13,7 +13,7 @@ import zerojax
 from zerojax import host
 
 # 10 bytes of state a param: the first leaf is cut on eight devices too, where a piece has a megabyte at least.
-SHAPES = {"big": (8, 256, 576), "small": (96, 40), "bias": (40,), "one": (1,)}
+SHAPES = {"big": (8, 256, 576), "small": (96, 40), "bias": (40,), "one": (3,)}
 SMALL = zerojax.Offload(bucket_bytes=2**18)
 OPTIMIZERS = {
     "split": lambda: zerojax.master_weights(
@@ -42,7 +42,7 @@ def loss(p, x):
     h = jnp.tanh(x @ p["big"][0])
     for layer in p["big"][1:]:
         h = jnp.tanh(h[:, :256] @ layer)
-    return jnp.mean((h[:, :96] @ p["small"] * p["one"] + p["bias"] - 1) ** 2)
+    return jnp.mean((h[:, :96] @ p["small"] * p["one"].sum() + p["bias"] - 1) ** 2)
 
 
 def mesh_of(devices, kind=AxisType.Auto):
@@ -90,7 +90,8 @@ def test_a_streamed_state_is_bit_for_bit_the_one_on_the_device(name, devices, st
     for x, sharding in zip(kept, wanted, strict=True):  # they end where they began
         assert x.sharding == sharding and (x.sharding.memory_kind == "pinned_host") == (x.ndim > 0)
     cut = [x for x in jax.tree.leaves(here.opt_state, is_leaf=host.is_pieces) if host.is_pieces(x)]
-    assert bool(cut) == (name != "lamb")  # norms want whole leaves
+    if devices == 1:  # of the shards of eight a piece would be too small
+        assert bool(cut) == (name != "lamb")  # norms want whole leaves
 
 
 def test_an_explicit_mesh_and_a_share_of_the_state():
@@ -102,7 +103,11 @@ def test_an_explicit_mesh_and_a_share_of_the_state():
     assert_same(arrays(plain, there), arrays(streamed, here))
     adam = here.opt_state.inner_state[1]
     kinds = lambda tree: {x.sharding.memory_kind for x in jax.tree.leaves(tree)}
-    assert (kinds(adam.mu), kinds(adam.nu), kinds(here.opt_state.masters)) == ({"device"}, {"pinned_host"}, {"pinned_host"})
+    assert (kinds(adam.mu), kinds(adam.nu), kinds(here.opt_state.masters)) == (
+        {"device"},
+        {"pinned_host"},
+        {"pinned_host"},
+    )
 
 
 @pytest.mark.parametrize("scaled", [False, True])
@@ -197,7 +202,7 @@ def test_what_goes_to_the_host():
     n = 64 * 4096 * 4096 // 8
     everything = planned().memory(tx)
     assert everything.host == 10 * (n + 4096) and everything.opt_state == 4  # the count
-    assert planned(fraction=0.5).memory(tx).host == 4 * n + 8 * 4096  # a moment of w, and what of b's still fits
+    assert planned(fraction=0.5).memory(tx).host == 4 * n + 10 * 4096  # a moment of w, and all of b's, which still fits
     assert planned(pattern="/nu/").memory(tx).host == 4 * (n + 4096)
     none = zerojax.make_plan(planned().shapes, planned().mesh, stage=1).memory(tx)
     assert planned(hbm_budget_bytes=none.total).memory(tx) == none
@@ -239,7 +244,11 @@ def test_grids_cut_what_is_whole_into_equal_parts(shape, cuts, count):
         (lambda: zerojax.Offload(pattern="("), ValueError, "no regular expression"),
         (lambda: zerojax.Offload(bucket_bytes=0), ValueError, "at least 1, got 0"),
         (lambda: zerojax.Offload(params=True), NotImplementedError, "not served yet"),
-        (lambda: zerojax.Offload(pattern="nothing"), ValueError, "names no array of the optimizer's state; it has 0/count"),
+        (
+            lambda: zerojax.Offload(pattern="nothing"),
+            ValueError,
+            "names no array of the optimizer's state; it has count",
+        ),
         (lambda: zerojax.Offload(hbm_budget_bytes=1000), ValueError, "more than hbm_budget_bytes=1 kB"),
     ],
 )

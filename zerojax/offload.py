@@ -387,7 +387,7 @@ def offload_states(state: Any, plan: Plan) -> Any:
       plan: The plan that it was made with.
 
     Example:
-      >>> import zerojax
+      >>> import optax, zerojax
       >>> mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
       >>> plan = zerojax.make_plan({"w": jnp.ones(4)}, mesh, stage=1)
       >>> state = zerojax.create_train_state({"w": jnp.ones(4)}, optax.sgd(0.1), plan)

@@ -242,7 +242,8 @@ class Plan:
         return host.grid_of(leaf.shape, [meshes.shards(self.mesh, entry) for entry in entries], count)
 
     def _state_shapes(self, tx: optax.GradientTransformation) -> PyTree:
-        return jax.eval_shape(tx.init, self.shapes)
+        # `zero` of a transformation keeps what the transformation does, but in the layout that is asked for here.
+        return jax.eval_shape(getattr(tx, "inner", tx).init, self.shapes)
 
     def memory(self, tx: optax.GradientTransformation, *, param_dtype: Any = None, grad_dtype: Any = None) -> Memory:
         """Bytes at rest on each device.

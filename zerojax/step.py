@@ -181,22 +181,27 @@ class StreamedTrainStep(TrainStep):
     ) -> None:
         super().__init__(run, objective, tx, loss_scale)
         self._stream = stream
-        shardings = self._shardings._replace(opt_state=None)
-        options = meshes.compiler_options(objective.plan.mesh)
-        self._first = jax.jit(first, in_shardings=(None, shardings, None), compiler_options=options)
+        rest = self._shardings._replace(params=None, opt_state=None)
+        self._first = jax.jit(
+            first,
+            donate_argnums=2,
+            in_shardings=(None, self._shardings.params, rest, None),
+            compiler_options=meshes.compiler_options(objective.plan.mesh),
+        )
         self._run = self._streamed
 
     def _streamed(self, state: TrainState, batch: PyTree) -> tuple[TrainState, dict[str, Any]]:
-        small = self._stream.small(state.opt_state)
-        begun, new, metrics = self._first(small, state._replace(opt_state=None), batch)
+        begun, new, metrics = self._first(*self._parts(state), batch)
         params, opt_state = self._stream.finish(begun, state.opt_state, state.params, consume=True)
         return new._replace(params=params, opt_state=opt_state), metrics
 
     def lower(self, state: TrainState, batch: PyTree) -> jax.stages.Lowered:
         """As `jax.jit(...).lower`, of the program that computes the gradients; arrays or `ShapeDtypeStruct`s."""
         self._check(state)
-        rest = state._replace(opt_state=None)
-        return self._first.lower(self._stream.small(state.opt_state), rest, place_batch(self._objective, batch))
+        return self._first.lower(*self._parts(state), place_batch(self._objective, batch))
+
+    def _parts(self, state: TrainState) -> tuple[list[jax.Array], PyTree, TrainState]:
+        return self._stream.small(state.opt_state), state.params, state._replace(params=None, opt_state=None)
 
 
 def make_train_step(
@@ -302,12 +307,14 @@ def make_train_step(
         new, metrics = after(state, out)
         return new._replace(params=params, opt_state=opt_state), metrics
 
-    def begin(small: list[jax.Array], state: TrainState, batch: PyTree) -> tuple[Any, TrainState, dict[str, Any]]:
-        """As `train_step`, up to the first bucket; `state` lacks its `opt_state`."""
-        out = gradients(state.params, state.loss_scale, batch)
+    def begin(
+        small: list[jax.Array], params: PyTree, state: TrainState, batch: PyTree
+    ) -> tuple[Any, TrainState, dict[str, Any]]:
+        """As `train_step`, up to the first bucket; `state` lacks params and `opt_state`."""
+        out = gradients(params, state.loss_scale, batch)
         assert stream is not None
         begun = stream.begin(out.grads, small, finite=out.finite if skips else None, value=out.loss)
-        new, metrics = after(state._replace(params=None), out)
+        new, metrics = after(state, out)
         return begun, new, metrics
 
     def at_once(state: TrainState, batch: PyTree) -> tuple[TrainState, dict[str, Any]]:

@@ -39,7 +39,7 @@ def apply(
       New `(params, state)`.
 
     Example:
-      >>> params = {"w": jnp.ones(2)}
+      >>> params = {"w": jax.numpy.ones(2)}
       >>> tx = optax.sgd(0.5)
       >>> apply(tx, params, tx.init(params), params)[0]["w"].tolist()
       [0.5, 0.5]
