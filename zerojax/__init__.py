@@ -1,5 +1,9 @@
 """ZeRO for JAX: optimizer state, gradients and params sharded over a mesh, for any Flax model and Optax optimizer."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from zerojax import schedules as schedules
 from zerojax.fused import chain as chain
 from zerojax.gather import gather as gather
 from zerojax.gather import keep_expensive as keep_expensive
@@ -27,3 +31,24 @@ from zerojax.update import apply as apply
 from zerojax.zero import zero as zero
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from zerojax import config as config
+    from zerojax.data import Dataloader as Dataloader
+    from zerojax.engine import Engine as Engine
+    from zerojax.engine import initialize as initialize
+
+_LATER = {
+    "config": "zerojax.config",
+    "Dataloader": "zerojax.data",
+    "Engine": "zerojax.engine",
+    "initialize": "zerojax.engine",
+}
+"""What needs Flax and ml_collections: imported where it is first used."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module 'zerojax' has no attribute {name!r}")
+    module = importlib.import_module(_LATER[name])
+    return module if name == "config" else getattr(module, name)

@@ -36,13 +36,14 @@ def fused_adam(
     *,
     nesterov: bool = False,
     nu_dtype: Any = None,
+    bias_correction: bool = True,
     implementation: str | None = None,
 ) -> FusedTransformation:
     """`optax.adam` in one pass over the params, their gradients and moments.
 
     Args:
       learning_rate: A float, or a schedule of the number of steps done.
-      b1: Decay rate of the first moment.
+      b1: Decay rate of the first moment, a float or a schedule, as the next three.
       b2: Decay rate of the second moment.
       eps: Added to the square root.
       eps_root: Added inside it.
@@ -50,6 +51,7 @@ def fused_adam(
         rounded stochastically, "int8" is too, in blocks of 32 that share a power of two (`formats.Blocks`).
       nesterov: Nesterov momentum.
       nu_dtype: Dtype of the second moment, likewise; float16 is refused, which has no range for squares.
+      bias_correction: Whether moments are divided by 1 - b**t.
       implementation: Of `pallas_kernels.adam`, used by `apply`; None picks by what was measured.
 
     Returns:
@@ -78,9 +80,10 @@ def fused_adam(
       >>> round(float(params["w"][0]), 6), int(state.count)
       (0.9, 1)
     """
-    scalars = functools.partial(adam_scalars, b1=b1, b2=b2, eps=eps, eps_root=eps_root, nesterov=nesterov)
+    rates = {"b1": b1, "b2": b2, "eps": eps, "eps_root": eps_root}
+    scalars = functools.partial(adam_scalars, nesterov=nesterov, bias_correction=bias_correction)
     dtypes = {"mu_dtype": mu_dtype, "nu_dtype": nu_dtype}
-    return _fused(_ADAM, scalars, learning_rate, **dtypes, mask=False, implementation=implementation)
+    return _fused(_ADAM, scalars, learning_rate, rates, **dtypes, mask=False, implementation=implementation)
 
 
 def fused_adamw(
@@ -95,13 +98,14 @@ def fused_adamw(
     *,
     nesterov: bool = False,
     nu_dtype: Any = None,
+    bias_correction: bool = True,
     implementation: str | None = None,
 ) -> FusedTransformation:
     """`optax.adamw` in one pass: `fused_adam` with decoupled weight decay.
 
     Args:
       learning_rate: A float, or a schedule of the number of steps done.
-      b1: Decay rate of the first moment.
+      b1: Decay rate of the first moment, a float or a schedule, as the next three.
       b2: Decay rate of the second moment.
       eps: Added to the square root.
       eps_root: Added inside it.
@@ -110,6 +114,7 @@ def fused_adamw(
       mask: Which leaves decay: a tree of bools, a prefix of the params', or a function from params to one.
       nesterov: Nesterov momentum.
       nu_dtype: Dtype of the second moment, as in `fused_adam`.
+      bias_correction: Whether moments are divided by 1 - b**t.
       implementation: Of `pallas_kernels.adam`.
 
     Returns:
@@ -126,10 +131,11 @@ def fused_adamw(
       >>> round(float(params["w"][0, 0]), 7), round(float(params["b"][0]), 7)
       (0.9989999, 0.999)
     """
-    scalars = functools.partial(adam_scalars, b1=b1, b2=b2, eps=eps, eps_root=eps_root, nesterov=nesterov)
+    rates = {"b1": b1, "b2": b2, "eps": eps, "eps_root": eps_root}
+    scalars = functools.partial(adam_scalars, nesterov=nesterov, bias_correction=bias_correction)
     dtypes = {"mu_dtype": mu_dtype, "nu_dtype": nu_dtype}
     decay = {"weight_decay": weight_decay, "mask": mask}
-    return _fused(_ADAM, scalars, learning_rate, **dtypes, **decay, implementation=implementation)
+    return _fused(_ADAM, scalars, learning_rate, rates, **dtypes, **decay, implementation=implementation)
 
 
 def fused_lamb(
@@ -146,6 +152,7 @@ def fused_lamb(
     min_trust_ratio: float | None = None,
     max_trust_ratio: float | None = None,
     variant: str = "optax",
+    bias_correction: bool = True,
     implementation: str | None = None,
 ) -> FusedTransformation:
     """`optax.lamb`, or DeepSpeed's LAMB: Adam's step, scaled for each leaf by ||param|| / ||step||.
@@ -154,7 +161,7 @@ def fused_lamb(
 
     Args:
       learning_rate: A float, or a schedule of the number of steps done.
-      b1: Decay rate of the first moment.
+      b1: Decay rate of the first moment, a float or a schedule, as the next three.
       b2: Decay rate of the second moment.
       eps: Added to the square root.
       eps_root: Added inside it.
@@ -166,6 +173,7 @@ def fused_lamb(
       max_trust_ratio: Likewise; None for none, 10 with variant="deepspeed".
       variant: "optax": bias-corrected moments inside the ratio, as in the paper. "deepspeed": raw moments inside, the
         correction on the learning rate.
+      bias_correction: Whether there is such a correction.
       implementation: Of `pallas_kernels.lamb`.
 
     Returns:
@@ -190,7 +198,8 @@ def fused_lamb(
         min_trust_ratio = 0.01 if min_trust_ratio is None else min_trust_ratio
         max_trust_ratio = 10.0 if max_trust_ratio is None else max_trust_ratio
     trust = TrustRatio(min_trust_ratio, max_trust_ratio)
-    scalars = functools.partial(lamb_scalars, variant=variant, b1=b1, b2=b2, eps=eps, eps_root=eps_root)
+    rates = {"b1": b1, "b2": b2, "eps": eps, "eps_root": eps_root}
+    scalars = functools.partial(lamb_scalars, variant=variant, bias_correction=bias_correction)
     rule = Rule(
         op=functools.partial(lamb, trust=trust),
         choice=lamb_choice,
@@ -199,13 +208,14 @@ def fused_lamb(
     )
     dtypes = {"mu_dtype": mu_dtype, "nu_dtype": nu_dtype}
     decay = {"weight_decay": weight_decay, "mask": mask}
-    return _fused(rule, scalars, learning_rate, **dtypes, **decay, implementation=implementation)
+    return _fused(rule, scalars, learning_rate, rates, **dtypes, **decay, implementation=implementation)
 
 
 def _fused(
     rule: Rule,
     scalars: Callable[..., Any],
     learning_rate: optax.ScalarOrSchedule,
+    rates: dict[str, Any],
     *,
     mu_dtype: Any,
     nu_dtype: Any,
@@ -222,7 +232,9 @@ def _fused(
 
     def scalars_of(count: jax.Array, **once: Any) -> Any:
         at = lambda x: x(count) if callable(x) else x
-        options = {} if mask is False else {"weight_decay": at(weight_decay)}
+        options = {name: at(x) for name, x in rates.items()}
+        if mask is not False:
+            options["weight_decay"] = at(weight_decay)
         return scalars(optax.safe_increment(count), at(learning_rate), **once, **options)
 
     def update(
