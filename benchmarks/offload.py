@@ -63,7 +63,7 @@ def run_case(case: str, args: argparse.Namespace) -> dict[str, Any]:
 
     tx, state, step, batch = build(case, args)
     times, losses = [], []
-    for i in range(WARM + args.steps):
+    for _ in range(WARM + args.steps):
         start = time.perf_counter()
         state, metrics = step(state, batch)
         jax.block_until_ready((state, metrics))

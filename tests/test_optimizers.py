@@ -306,3 +306,15 @@ def test_bad_input_is_refused_by_name():
     with pytest.raises(ValueError, match="implementation must be None or one of"):
         tx = zerojax.fused_adam(1e-3, implementation="triton")
         zerojax.apply(tx, params_of(), tx.init(params_of()), params_of())
+
+
+def test_a_chain_of_one_is_a_chain():
+    params = {"w": jnp.ones((4, 3))}
+    grads = {"w": jnp.full((4, 3), 0.5)}
+    ours, theirs = zerojax.chain(zerojax.fused_adam(0.1)), optax.chain(optax.adam(0.1))
+    updates, _ = theirs.update(grads, theirs.init(params), params)
+    got, state = zerojax.apply(ours, grads, ours.init(params), params)
+    np.testing.assert_allclose(got["w"], params["w"] + updates["w"], rtol=1e-6)
+    assert int(state[0].count) == 1
+    with pytest.raises(ValueError, match="at least one transformation"):
+        zerojax.chain()

@@ -106,10 +106,14 @@ def chain(*transforms: optax.GradientTransformation) -> optax.GradientTransforma
       >>> isinstance(tx, FusedTransformation)
       True
     """
+    if not transforms:
+        raise ValueError("chain wants at least one transformation, got none; optax.identity() does nothing.")
     chained = optax.chain(*transforms)
-    if not transforms or not isinstance(transforms[-1], FusedTransformation):
-        return chained
     *links, last = transforms
+    if not isinstance(last, FusedTransformation):
+        return chained
+    if not links:
+        return FusedTransformation(chained.init, chained.update, _alone(last), unit=last.unit, skips=last.skips)
     before = optax.chain(*links)
 
     def prepare(
@@ -118,18 +122,28 @@ def chain(*transforms: optax.GradientTransformation) -> optax.GradientTransforma
         extra = {k: v for k, v in options.items() if k != "plan"}
         if last.skips and finite is None:  # the links' state is to stay as it is, too
             finite = all_finite(grads)
-        if links and scale is not None:  # what the links do to gradients need not be linear
+        if scale is not None:  # what the links do to gradients need not be linear
             grads, scale = jax.tree.map(lambda g: formats.widen(g) * scale, grads), None
         # All links at once: behind one that scales, the next wants the scaled gradients. In float32, where a norm of
         # 16-bit gradients would be none.
         wide = jax.tree.map(formats.widen, grads)
-        sums = shards.squares_of(grads, options.get("plan")) if links else None
+        sums = shards.squares_of(grads, options.get("plan"))
         linked, factor, new = update_as_scale(before, wide, state[:-1], whole(params), squares=sums, **extra)
         grads, factor = (linked, scale) if factor is None else (grads, factor)
         work = last.prepare(grads, state[-1], params, finite=finite, scale=factor, **options)
         return work.then(keep(finite, new, state[:-1]), lambda new, params, state: (params, (*new, state)))
 
     return FusedTransformation(chained.init, chained.update, prepare, unit=last.unit, skips=last.skips)
+
+
+def _alone(link: FusedTransformation) -> Callable[..., Work]:
+    """`prepare` of a chain of one."""
+
+    def prepare(grads: PyTree, state: PyTree, params: PyTree, **options: Any) -> Work:
+        work = link.prepare(grads, state[0], params, **options)
+        return work.then(None, lambda _, params, state: (params, (state,)))
+
+    return prepare
 
 
 def apply_sharded(
