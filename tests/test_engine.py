@@ -287,7 +287,6 @@ def test_the_axis_is_the_meshs_only_one_or_the_configs():
 
 
 def test_a_checkpoint_goes_on_where_it_was(tmp_path):
-    pytest.importorskip("zerojax.checkpoint")
     make = lambda stage, devices: zerojax.initialize(
         small(zero={"stage": stage, "min_size": 1}, schedule={"name": "WarmupLR", "warmup_num_steps": 4}),
         model=MLP(),

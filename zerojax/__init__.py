@@ -34,17 +34,25 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from zerojax import config as config
+    from zerojax.checkpoint import latest_step as latest_step
+    from zerojax.checkpoint import restore_checkpoint as restore_checkpoint
+    from zerojax.checkpoint import save_checkpoint as save_checkpoint
+    from zerojax.checkpoint import wait_until_finished as wait_until_finished
     from zerojax.data import Dataloader as Dataloader
     from zerojax.engine import Engine as Engine
     from zerojax.engine import initialize as initialize
 
 _LATER = {
     "config": "zerojax.config",
+    "latest_step": "zerojax.checkpoint",
+    "restore_checkpoint": "zerojax.checkpoint",
+    "save_checkpoint": "zerojax.checkpoint",
+    "wait_until_finished": "zerojax.checkpoint",
     "Dataloader": "zerojax.data",
     "Engine": "zerojax.engine",
     "initialize": "zerojax.engine",
 }
-"""What needs Flax and ml_collections: imported where it is first used."""
+"""What needs Flax, ml_collections or Orbax: imported where it is first used."""
 
 
 def __getattr__(name: str) -> Any:

@@ -40,6 +40,12 @@ class TrainState(NamedTuple):
     skipped: jax.Array
 
 
+def check_alive(state: TrainState) -> None:
+    """Raises `ValueError` where a state's arrays are no more."""
+    if isinstance(state.step, jax.Array) and not isinstance(state.step, jax.core.Tracer) and state.step.is_deleted():
+        raise ValueError("this state went into an earlier step, which took its arrays over; use the one it returned.")
+
+
 def create_train_state(
     params_or_init: PyTree | Callable[..., PyTree],
     tx: optax.GradientTransformation,
@@ -140,10 +146,7 @@ class TrainStep:
     def _check(self, state: TrainState) -> None:
         if not isinstance(state, TrainState):
             raise TypeError(f"step wants the TrainState of create_train_state, got {type(state).__name__}.")
-        if not isinstance(state.step, jax.core.Tracer | jax.ShapeDtypeStruct) and state.step.is_deleted():
-            raise ValueError(
-                "this state went into an earlier step, which took its arrays over; use the one it returned."
-            )
+        check_alive(state)
         self._objective.plan.check(state.params)
         if jax.tree.structure(state) != self._treedef:
             raise ValueError(
