@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 
-from pallas_kernels import dispatch, formats, tiles
+from pallas_kernels import dispatch, formats, mlir, tiles
 from pallas_kernels.dispatch import plgpu
 
 THREADS = 128  # of a warpgroup
@@ -46,6 +46,8 @@ class Config:
 
     block: int = 2048
     vector: int = 4
+    tiles: int = 1
+    ahead: bool = False
     leaves: int = 24
     elements: int = 2**25
     max_leaves: int = 500
@@ -210,73 +212,89 @@ class _Launch:
           factors: As of `run`.
           numbers: From `_numbers`.
         """
-        count, writes, block, kinds = len(arrays[0]), self.writes, self.config.block, _kinds(arrays)
-        loaded = self.loaded(len(arrays))
-        starts = [0, *itertools.accumulate(math.ceil(x.size / block) for x in arrays[0])]
-        layout: Any = plgpu.Layout.WG_STRIDED((block,), vec_size=self.config.vector)
-        tile = lambda dtype: plgpu.ShapeDtypeStruct((block,), dtype, layout=layout)
-        width = factors.shape[1]
+        count, writes, config, kinds = len(arrays[0]), self.writes, self.config, _kinds(arrays)
+        loaded, elements = self.loaded(len(arrays)), config.block * config.tiles
+        starts = [0, *itertools.accumulate(math.ceil(x.size / elements) for x in arrays[0])]
+        layout: Any = plgpu.Layout.WG_STRIDED((config.block,), vec_size=config.vector)
+        splat: Any = plgpu.Layout.WG_SPLAT
+        number = lambda dtype: plgpu.ShapeDtypeStruct((), dtype, layout=splat)
+        tile = lambda dtype: plgpu.ShapeDtypeStruct((config.block,), dtype, layout=layout)
+        width, columns = factors.shape[1], 0 if numbers is None else numbers.shape[1]
         tables = [table for table in (factors, numbers) if table is not None and table.size]
-        inputs = [*(tile(kinds[a].seen) for a in loaded), *[tile(jnp.float32)] * width]
-        if numbers is not None:
-            inputs += [tile(jnp.int32)] * 2  # key and place
-
-        def select(index: Any, refs: Sequence[Any], kinds: Sequence[tiles.Kind]) -> tuple[tiles.Block, Any]:
-            leaves = [refs[leaf : len(kinds) * count : count] for leaf in range(count)]
-            return tiles.select(index, leaves, kinds, starts, layout.to_mgpu())
+        words = [number(jnp.int32)] * (1 + 2 * (len(arrays) + 2))
+        found = [*words, *[number(jnp.float32)] * width, *[number(jnp.int32)] * columns]
+        inputs = [tile(kinds[a].seen) for a in loaded]
+        at = lambda n, words: tiles.Tile(
+            tiles.Leaf.of([*map(mlir.scalar, words)]), mlir.to_index(n), kinds, layout.to_mgpu()
+        )
 
         def kernel(scalars_ref: Any, *refs: Any) -> None:
             refs, partials = refs[: len(refs) - self.sums], refs[len(refs) - self.sums :]
             index = jax.lax.axis_index("blocks")
-            whole = [plgpu.RefType()] * len(refs)
+            scalars_here = [scalars_ref[k] for k in range(scalars.size)]
 
-            @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WG_SPLAT, *whole), return_type=tuple(inputs))
-            def load(_: Any, index: Any, *refs: Any) -> tuple[Any, ...]:
-                refs, tables_refs = refs[: len(refs) - len(tables)], refs[len(refs) - len(tables) :]
-                chosen, leaf = select(index, refs, kinds)
-                row = [tiles.number(tables_refs[0], leaf, k, width) for k in range(width)]
-                values = [*chosen.load(loaded), *(tiles.splat(x, layout.to_mgpu()) for x in row)]
-                if numbers is not None:
-                    columns = numbers.shape[1]
-                    key, *cuts = (tiles.number(tables_refs[-1], leaf, k, columns) for k in range(columns))
-                    values.append(tiles.splat(key, layout.to_mgpu()))
-                    values.append(chosen.places(_triples(cuts), together=self.together))
-                return tuple(values)
+            @plgpu.inline_mgpu(arg_types=(splat, *[plgpu.RefType()] * len(refs)), return_type=tuple(found))
+            def find(_: Any, index: Any, *refs: Any) -> tuple[Any, ...]:
+                refs, table_refs = refs[: len(refs) - len(tables)], refs[len(refs) - len(tables) :]
+                each = [refs[leaf : len(kinds) * count : count] for leaf in range(count)]
+                leaf = tiles.select(index, each, starts, elements)
+                row = [tiles.number(table_refs[0], leaf.number, k, width) for k in range(width)]
+                row += [tiles.number(table_refs[-1], leaf.number, k, columns) for k in range(columns)]
+                return tuple(map(tiles.scalar, [*leaf.words(), *row]))
 
-            splat = plgpu.Layout.WG_SPLAT
+            @plgpu.inline_mgpu(arg_types=(splat,) * (1 + len(words)), return_type=tuple(inputs))
+            def load(_: Any, n: Any, *words: Any) -> tuple[Any, ...]:
+                return tuple(at(n, words).load(loaded))
 
-            @plgpu.inline_mgpu(arg_types=(splat, splat, *[layout] * writes, *whole[: writes * count]), return_type=())
-            def store(_: Any, applied: Any, index: Any, *new_and_refs: Any) -> tuple[Any, ...]:
-                new, refs = new_and_refs[:writes], new_and_refs[writes:]
+            @plgpu.inline_mgpu(
+                arg_types=(splat,) * (1 + len(words) + columns), return_type=(tile(jnp.int32),) * 2
+            )
+            def key_and_place(_: Any, n: Any, *words_and_row: Any) -> tuple[Any, ...]:
+                words, (key, *cuts) = words_and_row[:-columns], [*map(mlir.scalar, words_and_row[-columns:])]
+                place = at(n, words).places(_triples(cuts), together=self.together)
+                return tiles.splat(key, layout.to_mgpu()), place
+
+            @plgpu.inline_mgpu(arg_types=(splat,) * (2 + len(words)) + (layout,) * writes, return_type=())
+            def store(_: Any, applied: Any, n: Any, *words_and_new: Any) -> tuple[Any, ...]:
+                words, new = words_and_new[:len(words_and_new) - writes], words_and_new[len(words_and_new) - writes:]
                 with tiles.where_positive(applied):
-                    select(index, refs, kinds[:writes])[0].store(new)
+                    at(n, words).store(new)
                 return ()
 
-            def inline(run: Callable[..., Any], operands: int) -> Callable[..., jax.Array]:
-                wrap = plgpu.inline_mgpu(arg_types=(layout,) * operands, return_type=tile(jnp.float32))
-                return wrap(lambda _, *x: run(*x))
+            found_here = find(index, *refs)
+            words_here, row = found_here[: len(words)], found_here[len(words) :]
+            tools = {fast: _tools(layout, config.block, fast=fast) for fast in (False, True)}
 
-            exact = formats.Tools(jnp.sqrt, jnp.divide, _floor, inline(lambda x: tiles.group_max(x, formats.GROUP), 1))
-            fast = formats.Tools(
-                inline(functools.partial(tiles.by_instruction, "sqrt.approx.ftz.f32"), 1),
-                inline(functools.partial(tiles.by_instruction, "div.approx.ftz.f32"), 2),
-                _floor,
-                exact.group_max,
-            )
-            values = load(index, *refs)
-            arrays, rest = values[: len(loaded)], values[len(loaded) :]
-            here = Here(
-                scalars=[scalars_ref[k] for k in range(scalars.size)],
-                factors=list(rest[:width]),
-                bits=formats.random_bits(*rest[width:]) if numbers is not None else None,
-                exact=exact,
-                fast=fast,
-            )
-            new = self.body(here, *arrays)
-            for ref, x in zip(partials, new[writes:], strict=True):
+            def step(n: Any, arrays: Any, sums: Any) -> list[jax.Array]:
+                here = Here(
+                    scalars=scalars_here,
+                    factors=list(row[:width]),
+                    bits=formats.random_bits(*key_and_place(n, *words_here, *row[width:])) if columns else None,
+                    exact=tools[False],
+                    fast=tools[True],
+                )
+                new = self.body(here, *arrays)
+                if writes:
+                    store(here.scalars[-1], n, *words_here, *new[:writes])
+                return [x + y for x, y in zip(sums, new[writes:], strict=True)]
+
+            zero = [plgpu.layout_cast(jnp.zeros(config.block, jnp.float32), layout) for _ in range(self.sums)]
+            left = words_here[-4] - words_here[-2]
+            many = jnp.minimum((left + config.block - 1) // config.block, config.tiles)
+            if config.tiles == 1:
+                sums = step(0, load(0, *words_here), zero)
+            elif config.ahead:
+
+                def turn(n: Any, carry: Any) -> Any:
+                    arrays, sums = carry
+                    following = load(n + 1, *words_here)
+                    return following, step(n, arrays, sums)
+
+                _, sums = jax.lax.fori_loop(0, many, turn, (load(0, *words_here), zero))
+            else:
+                sums = jax.lax.fori_loop(0, many, lambda n, sums: step(n, load(n, *words_here), sums), zero)
+            for ref, x in zip(partials, sums, strict=True):
                 ref[index] = jnp.sum(x)
-            if writes:
-                store(here.scalars[-1], index, *new[:writes], *refs[: writes * count])
 
         refs = [jax.new_ref(x) for leaves in arrays[:writes] for x in leaves]
         read = [*itertools.chain(*arrays[writes:]), *(table.reshape(-1) for table in tables)]
@@ -310,7 +328,7 @@ class _Launch:
             span = pl.ds(index * block, block)
             here = Here(
                 scalars=[scalars_ref[k] for k in range(scalars.size)],
-                factors=[jnp.full(block, factors_ref[0, k]) for k in range(factors.shape[1])],
+                factors=[factors_ref[0, k] for k in range(factors.shape[1])],
                 bits=None if numbers is None else bits_ref[span],
                 exact=formats.EXACT,
                 fast=formats.EXACT,
@@ -334,13 +352,30 @@ class _Launch:
         return [[jax.freeze(ref)[: size : kind.repeat].astype(kind.dtype)] for ref, kind in kinds], totals
 
 
-def _floor(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """By an addition that leaves no bits for a fraction: conversions are a sixteenth as fast, and floors not lowered.
+def _tools(layout: Any, block: int, *, fast: bool) -> formats.Tools:
+    """Of a kernel. Conversions are a sixteenth as fast as other instructions, and floors are not lowered."""
+    tile = lambda dtype: plgpu.ShapeDtypeStruct((block,), dtype, layout=layout)
 
-    An integer may be taken for its lower neighbour and a fraction of 1. Not for XLA, which adds up constants.
-    """
-    shifted = (x - 0.5) + 12582912.0  # 1.5 * 2**23
-    return jax.lax.bitcast_convert_type(shifted, jnp.int32) - 0x4B400000, shifted - 12582912.0
+    def inline(run: Callable[..., Any], operands: int, *dtypes: Any) -> Callable[..., Any]:
+        results = tuple(map(tile, dtypes)) if len(dtypes) > 1 else tile(*dtypes)
+        wrap = plgpu.inline_mgpu(arg_types=(layout,) * operands, return_type=results)
+        return wrap(lambda _, *x: tuple(run(*x)) if len(dtypes) > 1 else run(*x))
+
+    f32 = jnp.float32
+    instruction = lambda text, operands=1: inline(functools.partial(tiles.by_instruction, text), operands, f32)
+    reciprocal = instruction("rcp.approx.ftz.f32 $0, $1")
+    return formats.Tools(
+        sqrt=instruction("sqrt.approx.ftz.f32 $0, $1") if fast else jnp.sqrt,
+        divide=(lambda a, b: a * reciprocal(b)) if fast else jnp.divide,
+        floor=inline(tiles.floor, 1, jnp.int32, f32),
+        at_most=lambda x, limit: instruction(f"min.f32 $0, $1, 0f{np.float32(limit).view(np.uint32):08X}")(x),
+        group_max=inline(lambda x: tiles.group_max(x, formats.GROUP), 1, f32),
+        unpack=inline(tiles.unpack, 1, f32),
+        pack=lambda x, dtype: inline(lambda x: tiles.pack(x, np.dtype(dtype)), 1, dtype)(x),
+        join=inline(tiles.join, 2, f32),
+        halves=inline(tiles.halves, 1, jnp.bfloat16, jnp.uint16),
+        once=lambda x: x,
+    )
 
 
 def _kinds(arrays: list[list[jax.Array]]) -> list[tiles.Kind]:

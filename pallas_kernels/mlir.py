@@ -31,9 +31,14 @@ def int32(n: int) -> ir.Value:
     return mgpu.c(n, ir.IntegerType.get_signless(32))
 
 
+def scalar(x: Any) -> ir.Value:
+    """A value, or that of a scalar argument of `inline_mgpu`."""
+    return x if isinstance(x, ir.Value) else x.registers.item()
+
+
 def to_index(x: Any) -> ir.Value:
     """An integer, or a scalar argument of `inline_mgpu`, as an index."""
-    return arith.index_cast(ir.IndexType.get(), x if isinstance(x, ir.Value) else x.registers.item())
+    return arith.index_cast(ir.IndexType.get(), scalar(x))
 
 
 def to_int32(x: ir.Value) -> ir.Value:

@@ -97,8 +97,8 @@ class _OnArrays:
 
     def __call__(self, here: leaves.Here, *arrays: jax.Array) -> list[jax.Array]:
         rest = list(arrays)
-        values = [f.decode([rest.pop(0) for a in range(len(f.dtypes)) if a not in f.unread]) for f in self.kind]
         tools = here.fast if any(f.fast for f in self.kind) else here.exact
+        values = [f.decode([rest.pop(0) for a in range(len(f.dtypes)) if a not in f.unread], tools) for f in self.kind]
         new = list(self.body(tools, here.scalars, *values, *here.factors))
         stored = [f.encode(x, here.bits, tools) for f, x in zip(self.kind, new[: self.writes], strict=False)]
         return [*itertools.chain(*stored), *new[self.writes :]]

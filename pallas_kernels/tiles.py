@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
 from jax.extend.mlir import ir
-from jax.extend.mlir.dialects import arith, memref, vector
+from jax.extend.mlir.dialects import arith, math, memref, vector
 
 from pallas_kernels import mlir
 
@@ -35,53 +35,98 @@ class Kind:
 
     @property
     def seen(self) -> np.dtype:
-        """The dtype in registers: integers are int32 there."""
-        return self.dtype if jnp.issubdtype(self.dtype, jnp.floating) else np.dtype("int32")
+        """The dtype in registers: what neighbours share is int32 there."""
+        return np.dtype("int32") if self.repeat > 1 else self.dtype
 
 
 @dataclasses.dataclass(frozen=True)
-class Block:
-    """A block of a leaf: `size` elements are the leaf's, this block's begin at `offset`.
+class Leaf:
+    """Where a thread block finds its leaf.
 
     Attributes:
-      refs: The leaf's arrays.
-      kinds: What they hold.
-      layout: Of a block over the threads.
+      addresses: Of the leaf's arrays, int64.
+      size: Of the leaf, in elements.
+      first: The first element that is this thread block's.
+      number: Of the leaf in its launch, int32.
     """
 
-    refs: Sequence[ir.Value]
-    kinds: Sequence[Kind]
-    offset: ir.Value
+    addresses: Sequence[ir.Value]
     size: ir.Value
+    first: ir.Value
+    number: ir.Value
+
+    def words(self) -> list[ir.Value]:
+        """The same as int32: an array of jax has no room for addresses."""
+        i32, i64 = (ir.IntegerType.get_signless(width) for width in (32, 64))
+        long = [*self.addresses, *(arith.index_cast(i64, x) for x in (self.size, self.first))]
+        halves = [(x, arith.shrui(x, mgpu.c(32, i64))) for x in long]
+        return [self.number, *(arith.trunci(i32, x) for pair in halves for x in pair)]
+
+    @classmethod
+    def of(cls, words: Sequence[ir.Value]) -> Leaf:
+        """From its `words`."""
+        i64 = ir.IntegerType.get_signless(64)
+        long = []
+        for low, high in zip(words[1::2], words[2::2], strict=True):
+            upper = arith.shli(arith.extui(i64, high), mgpu.c(32, i64))
+            long.append(arith.ori(upper, arith.extui(i64, low)))
+        size, first = map(mlir.to_index, long[-2:])
+        return cls(long[:-2], size, first, words[0])
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """What a thread block takes at once of a leaf's arrays.
+
+    Attributes:
+      leaf: It is a tile of.
+      number: Of the tile in the thread block.
+      kinds: What the leaf's arrays hold.
+      layout: Of the tile over the threads.
+    """
+
+    leaf: Leaf
+    number: ir.Value
+    kinds: Sequence[Kind]
     layout: mgpu.WGStridedFragLayout
 
     def load(self, which: Sequence[int]) -> list[mgpu.FragmentedArray]:
         """Some of the arrays, zero beyond the leaf's end. All loads are on their way before the first is waited for."""
         places = self._places()
         # What neighbours share is spread over them behind the branch: within, it would be waited for.
-        kinds = [self._element(a) if self.kinds[a].repeat > 1 else self._vector(self._element(a)) for a in which]
-        branch = self._if_whole([kind for kind in kinds for _ in places])
-        for block, load in ((branch.then_block, self._load_whole), (branch.else_block, self._load_checked)):
-            with ir.InsertionPoint(block):
-                mlir.scf.yield_([load(a, at) for a in which for at in places])
+        types = [self._element(a) if self.kinds[a].repeat > 1 else self._vector(self._element(a)) for a in which]
+        types = [kind for kind in types for _ in places]
+
+        def each(load: Callable[[int, ir.Value], ir.Value]) -> None:
+            mlir.scf.yield_([load(a, at) for a in which for at in places])
+
+        branch = mlir.scf.IfOp(self._is_whole(), types, has_else=True)
+        with ir.InsertionPoint(branch.then_block):
+            each(self._load_whole)
+        with ir.InsertionPoint(branch.else_block):
+            some = mlir.scf.IfOp(mlir.less(self._offset(), self.leaf.size), types, has_else=True)
+            with ir.InsertionPoint(some.then_block):
+                each(self._load_checked)
+            with ir.InsertionPoint(some.else_block):
+                mlir.scf.yield_([_zero(kind) for kind in types])
+            mlir.scf.yield_(list(some.results))
         loaded = iter(branch.results)
-        return [self._array([self._widened(a, next(loaded)) for _ in places], self.kinds[a]) for a in which]
+        return [_array([self._widened(a, next(loaded)) for _ in places], self.layout, self.kinds[a].seen) for a in which]
 
     def _load_whole(self, a: int, at: ir.Value) -> ir.Value:
         if self.kinds[a].repeat > 1:
-            return memref.load(self.refs[a], [self._shared(a, at)])
-        return vector.load(self._vector(self._element(a)), self.refs[a], [at], alignment=self._alignment(a))
+            return self._load_one(a, self._shared(a, at))
+        return mlir.load(self._vector(self._element(a)), self._address(a, at))
+
+    def _load_one(self, a: int, at: ir.Value) -> ir.Value:
+        return mlir.llvm.load(self._element(a), self._address(a, at))
 
     def _load_checked(self, a: int, at: ir.Value) -> ir.Value:
         element = self._element(a)
 
         def one(at: ir.Value, place: ir.Value) -> ir.Value:
-            inside = mlir.scf.IfOp(mlir.less(at, self.size), [element], has_else=True)
-            with ir.InsertionPoint(inside.then_block):
-                mlir.scf.yield_([memref.load(self.refs[a], [place])])
-            with ir.InsertionPoint(inside.else_block):
-                mlir.scf.yield_([mgpu.c(0, element)])
-            return inside.results[0]
+            inside = mlir.less(at, self.leaf.size)
+            return mlir.when(inside, lambda: self._load_one(a, place), mgpu.c(0, element))
 
         if self.kinds[a].repeat > 1:
             return one(at, self._shared(a, at))
@@ -90,13 +135,11 @@ class Block:
 
     def _widened(self, a: int, x: ir.Value) -> ir.Value:
         """A vector in the dtype of registers."""
-        element = self._element(a)
-        if self.kinds[a].repeat > 1:
-            x = vector.broadcast(self._vector(element), x)
-        if isinstance(element, ir.FloatType) or element.width == 32:
+        if self.kinds[a].repeat == 1:
             return x
+        i32 = ir.IntegerType.get_signless(32)
         extend = arith.extsi if jnp.issubdtype(self.kinds[a].dtype, jnp.signedinteger) else arith.extui
-        return extend(self._vector(ir.IntegerType.get_signless(32)), x)
+        return vector.broadcast(self._vector(i32), extend(i32, x))
 
     def store(self, values: Sequence[mgpu.FragmentedArray]) -> None:
         """Writes the first arrays, up to the leaf's end."""
@@ -104,7 +147,7 @@ class Block:
         registers = [
             [self._narrowed(a, register) for register in value.registers.flat] for a, value in enumerate(values)
         ]
-        branch = self._if_whole([])
+        branch = mlir.scf.IfOp(self._is_whole(), [], has_else=True)
         for block, store in ((branch.then_block, self._store_whole), (branch.else_block, self._store_checked)):
             with ir.InsertionPoint(block):
                 for a, mine in enumerate(registers):
@@ -121,21 +164,19 @@ class Block:
         if self.kinds[a].repeat > 1:
             self._store_checked(a, at, register)
         else:
-            vector.store(register, self.refs[a], [at], alignment=self._alignment(a))
+            mlir.store(register, self._address(a, at))
 
     def _store_checked(self, a: int, at: ir.Value, register: ir.Value) -> None:
         def one(condition: ir.Value, j: int, place: ir.Value) -> None:
-            chosen = mlir.scf.IfOp(condition)
-            with ir.InsertionPoint(chosen.then_block):
-                memref.store(vector.extract(register, [], [j]), self.refs[a], [place])
-                mlir.scf.yield_([])
+            value = vector.extract(register, [], [j])
+            mlir.when(condition, lambda: mlir.llvm.store(value, self._address(a, place)))
 
         if self.kinds[a].repeat > 1:
             rest = arith.remui(at, mlir.index(self.kinds[a].repeat))
-            return one(arith.andi(mlir.equal(rest, 0), mlir.less(at, self.size)), 0, self._shared(a, at))
+            return one(arith.andi(mlir.equal(rest, 0), mlir.less(at, self.leaf.size)), 0, self._shared(a, at))
         for j in range(self.layout.vec_size):
             here = mlir.plus(at, j)
-            one(mlir.less(here, self.size), j, here)
+            one(mlir.less(here, self.leaf.size), j, here)
 
     def places(self, cuts: Sequence[Sequence[ir.Value]], *, together: bool) -> mgpu.FragmentedArray:
         """int32: where each element lies in the whole leaf, modulo 2**32, by its `formats.Cut`s.
@@ -157,72 +198,62 @@ class Block:
 
         registers: list[ir.Value] = []
         for at in self._places():
-            first = arith.index_cast(i32, at)
+            first = mlir.to_int32(at)
             if together:
                 registers.append(arith.addi(spread(moved(first, lambda x: x)), steps))
             else:
                 registers.append(moved(arith.addi(spread(first), steps), spread))
-        return self._array(registers, Kind(np.dtype("int32")))
-
-    def _array(self, registers: Sequence[ir.Value], kind: Kind) -> mgpu.FragmentedArray:
-        array = np.empty(len(registers), dtype=object)
-        array[:] = registers
-        signed = None if jnp.issubdtype(kind.seen, jnp.floating) else True
-        return mgpu.FragmentedArray(_registers=array, _layout=self.layout, _is_signed=signed)
+        return _array(registers, self.layout, np.dtype("int32"))
 
     def _element(self, a: int) -> Any:
-        return ir.MemRefType(self.refs[a].type).element_type
+        return mgpu.utils.dtype_to_ir_type(self.kinds[a].dtype)
 
     def _vector(self, element: ir.Type) -> ir.Type:
         return self.layout.registers_element_type(element)
+
+    def _address(self, a: int, at: ir.Value) -> ir.Value:
+        """Of an element."""
+        offset = mlir.times(at, self.kinds[a].dtype.itemsize)
+        pointer = mlir.llvm.inttoptr(mlir.llvm.PointerType.get(address_space=mlir.GLOBAL), self.leaf.addresses[a])
+        return mlir.at(pointer, offset)
 
     def _shared(self, a: int, at: ir.Value) -> ir.Value:
         """Where the element lies that a vector's neighbours share."""
         return arith.divui(at, mlir.index(self.kinds[a].repeat))
 
-    def _alignment(self, a: int) -> int:
-        """In bytes: XLA aligns arrays to more than any vector."""
-        return min(16, self.layout.vec_size * mgpu.bytewidth(self._element(a)))
+    def _offset(self) -> ir.Value:
+        """Where the tile begins, in elements of the leaf."""
+        return arith.addi(self.leaf.first, arith.muli(self.number, mlir.index(self.layout.shape[0])))
 
     def _places(self) -> list[ir.Value]:
-        """Where each of this thread's vectors begins, in elements of the leaf."""
+        """Where each of this thread's vectors begins, likewise."""
         thread = arith.remui(mlir.to_index(mgpu.thread_idx()), mlir.index(128))
-        first = arith.addi(self.offset, arith.muli(thread, mlir.index(self.layout.vec_size)))
+        first = arith.addi(self._offset(), arith.muli(thread, mlir.index(self.layout.vec_size)))
         (vectors,) = self.layout.registers_shape(self.layout.shape)
         return [mlir.plus(first, k * 128 * self.layout.vec_size) for k in range(vectors)]
 
-    def _if_whole(self, results: Sequence[ir.Type]) -> Any:
-        end = mlir.plus(self.offset, self.layout.shape[0] - 1)
-        return mlir.scf.IfOp(mlir.less(end, self.size), results, has_else=True)
+    def _is_whole(self) -> ir.Value:
+        return mlir.less(mlir.plus(self._offset(), self.layout.shape[0] - 1), self.leaf.size)
 
 
-def select(
-    index: Any,
-    leaves: Sequence[Sequence[ir.Value]],
-    kinds: Sequence[Kind],
-    starts: Sequence[int],
-    layout: mgpu.WGStridedFragLayout,
-) -> tuple[Block, ir.Value]:
-    """What is block `index` of a launch, and the number of its leaf.
+def select(index: Any, leaves: Sequence[Sequence[ir.Value]], starts: Sequence[int], elements: int) -> Leaf:
+    """The leaf of thread block `index` of a launch.
 
     Args:
       index: int32 scalar.
       leaves: For each leaf its arrays, refs of one dim; the first has all elements of the leaf.
-      kinds: Of the arrays.
-      starts: Number of the first block of each leaf, and at the end that of all blocks.
-      layout: Of a block over the threads.
+      starts: Number of the first thread block of each leaf, and at the end that of all.
+      elements: That a thread block takes of a leaf.
     """
     here = mlir.to_index(index)
-    (block,) = layout.shape
-    types = [_any_length(ref) for ref in leaves[0]] + [ir.IndexType.get()] * 3
+    i64 = ir.IntegerType.get_signless(64)
+    types = [i64] * len(leaves[0]) + [ir.IndexType.get()] * 2 + [ir.IntegerType.get_signless(32)]
 
     def pick(low: int, high: int) -> list[ir.Value]:
         if high - low == 1:
-            # In global memory, which the compiler cannot tell behind the branches: loads would be generic.
-            plain = [memref.cast(_any_length(ref, in_global=False), ref) for ref in leaves[low]]
-            refs = [memref.memory_space_cast(_any_length(ref), ref) for ref in plain]
+            addresses = [mlir.llvm.ptrtoint(i64, mlir.address(ref, mlir.GLOBAL)) for ref in leaves[low]]
             size = ir.MemRefType(leaves[low][0].type).shape[0]
-            return [*refs, *(mlir.index(n) for n in (starts[low], size, low))]
+            return [*addresses, mlir.index(starts[low]), mlir.index(size), mlir.int32(low)]
         half = (starts[low] + starts[high]) // 2
         middle = min(range(low + 1, high), key=lambda k: abs(starts[k] - half))
         branch = mlir.scf.IfOp(mlir.less(here, starts[middle]), types, has_else=True)
@@ -231,15 +262,14 @@ def select(
                 mlir.scf.yield_(pick(*bounds))
         return list(branch.results)
 
-    *refs, start, size, leaf = pick(0, len(leaves))
-    offset = arith.muli(arith.subi(here, start), mlir.index(block))
-    return Block(refs, kinds, offset, size, layout), leaf
+    *addresses, start, size, number = pick(0, len(leaves))
+    return Leaf(addresses, size, mlir.times(arith.subi(here, start), elements), number)
 
 
 @contextlib.contextmanager
 def where_positive(scalar: Any) -> Iterator[None]:
     """What is built within runs where a float32 scalar is positive."""
-    value = scalar if isinstance(scalar, ir.Value) else scalar.registers.item()
+    value = mlir.scalar(scalar)
     branch = mlir.scf.IfOp(arith.cmpf(arith.CmpFPredicate.OGT, value, mgpu.c(0.0, value.type)))
     with ir.InsertionPoint(branch.then_block):
         yield
@@ -248,53 +278,129 @@ def where_positive(scalar: Any) -> Iterator[None]:
 
 def number(ref: ir.Value, row: ir.Value, column: int, width: int) -> ir.Value:
     """One number of a flat [rows, width] array."""
-    return memref.load(ref, [mlir.plus(arith.muli(row, mlir.index(width)), column)])
+    return memref.load(ref, [mlir.plus(mlir.times(mlir.to_index(row), width), column)])
+
+
+def scalar(value: ir.Value) -> mgpu.FragmentedArray:
+    """A result of `inline_mgpu`."""
+    signed = None if isinstance(value.type, ir.FloatType) else True
+    return mgpu.FragmentedArray.splat(value, (), is_signed=signed)
 
 
 def splat(value: ir.Value, layout: Any) -> mgpu.FragmentedArray:
-    """A block filled with one number."""
+    """A block filled with an int32."""
     register = vector.broadcast(layout.registers_element_type(value.type), value)
-    registers = np.full(layout.registers_shape(layout.shape), register, dtype=object)
-    signed = None if isinstance(value.type, ir.FloatType) else True
-    return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=signed)
+    (vectors,) = layout.registers_shape(layout.shape)
+    return _array([register] * vectors, layout, np.dtype("int32"))
 
 
 def by_instruction(instruction: str, *operands: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
-    """An instruction of PTX on each element of float32 blocks."""
-    registers = np.empty_like(operands[0].registers)
+    """An instruction of PTX on each element of float32 blocks; `instruction` names operands $1 and on, the result $0."""
     constraints = ",".join(["=f", *["f"] * len(operands)])
-    places = ", ".join(f"${k}" for k in range(len(operands) + 1))
-    for k, vectors in enumerate(zip(*(x.registers.flat for x in operands), strict=True)):
+    registers = []
+    for vectors in zip(*(x.registers.flat for x in operands), strict=True):
         kind = ir.VectorType(vectors[0].type)
-        elements: list[Any] = [
-            mlir.llvm.inline_asm(
-                kind.element_type,
-                [vector.extract(x, [], [j]) for x in vectors],
-                f"{instruction} {places};",
-                constraints,
-            )
-            for j in range(kind.shape[0])
-        ]
-        registers[k] = vector.from_elements(kind, elements)
-    return mgpu.FragmentedArray(_registers=registers, _layout=operands[0].layout, _is_signed=None)
+        elements: list[Any] = [[vector.extract(x, [], [j]) for x in vectors] for j in range(kind.shape[0])]
+        results = [mlir.llvm.inline_asm(kind.element_type, e, f"{instruction};", constraints) for e in elements]
+        registers.append(vector.from_elements(kind, results))
+    return _array(registers, operands[0].layout, np.dtype("float32"))
+
+
+def floor(x: mgpu.FragmentedArray) -> list[mgpu.FragmentedArray]:
+    """The integer below as int32 modulo 256 and as float32, by an addition, rounded down, that leaves no fraction."""
+    shifted = by_instruction("add.rm.f32 $0, $1, 0f4B400000", x)  # 1.5 * 2**23
+    i32 = ir.IntegerType.get_signless(32)
+    bits = [vector.bitcast(ir.VectorType.get(ir.VectorType(r.type).shape, i32), r) for r in shifted.registers.flat]
+    return [_array(bits, x.layout, np.dtype("int32")), shifted - 12582912.0]
+
+
+def unpack(x: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
+    """float32 of 8-bit integers: each becomes the last byte of 2**23, which is subtracted again."""
+    words = ir.IntegerType.get_signless(32)
+    registers, shift = [], 2.0**23 + (128.0 if x.is_signed else 0.0)
+    for register in x.registers.flat:
+        (many,) = ir.VectorType(register.type).shape
+        packed = vector.bitcast(ir.VectorType.get((many // 4,), words), register)
+        elements = []
+        for k in range(many // 4):
+            word = vector.extract(packed, [], [k])
+            word = arith.xori(word, mlir.int32(-0x7F7F7F80)) if x.is_signed else word  # from 0 on
+            elements += [_bytes(word, mlir.int32(0x4B000000), 0x7440 + j) for j in range(4)]
+        bits = vector.from_elements(ir.VectorType.get((many,), words), elements)
+        registers.append(vector.bitcast(mlir.floats(many), bits))
+    return _array(registers, x.layout, np.dtype("float32")) - shift
+
+
+def pack(x: mgpu.FragmentedArray, dtype: np.dtype) -> mgpu.FragmentedArray:
+    """8-bit integers of int32 modulo 256."""
+    i8, i32 = (ir.IntegerType.get_signless(width) for width in (8, 32))
+    registers = []
+    for register in x.registers.flat:
+        (many,) = ir.VectorType(register.type).shape
+        e = [vector.extract(register, [], [k]) for k in range(many)]
+        pairs = [_bytes(e[k], e[k + 1], 0x0040) for k in range(0, many, 2)]
+        words = [_bytes(pairs[k], pairs[k + 1], 0x5410) for k in range(0, many // 2, 2)]
+        packed = vector.from_elements(ir.VectorType.get((many // 4,), i32), words)
+        registers.append(vector.bitcast(ir.VectorType.get((many,), i8), packed))
+    return _array(registers, x.layout, dtype)
+
+
+def join(high: mgpu.FragmentedArray, low: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
+    """float32 of its upper and its lower 16 bits."""
+    i32 = ir.IntegerType.get_signless(32)
+    registers = []
+    for upper, lower in zip(high.registers.flat, low.registers.flat, strict=True):
+        (many,) = ir.VectorType(upper.type).shape
+        pairs = [vector.bitcast(ir.VectorType.get((many // 2,), i32), x) for x in (lower, upper)]
+        words = [[vector.extract(x, [], [k]) for x in pairs] for k in range(many // 2)]
+        bits = [_bytes(a, b, which) for a, b in words for which in (0x5410, 0x7632)]
+        registers.append(vector.bitcast(mlir.floats(many), vector.from_elements(ir.VectorType.get((many,), i32), bits)))
+    return _array(registers, high.layout, np.dtype("float32"))
+
+
+def halves(x: mgpu.FragmentedArray) -> list[mgpu.FragmentedArray]:
+    """The upper 16 bits of float32, which are a bfloat16 number, and the lower."""
+    i16, i32 = (ir.IntegerType.get_signless(width) for width in (16, 32))
+    upper, lower = [], []
+    for register in x.registers.flat:
+        (many,) = ir.VectorType(register.type).shape
+        bits = vector.bitcast(ir.VectorType.get((many,), i32), register)
+        e = [vector.extract(bits, [], [k]) for k in range(many)]
+        for half, which, kind in ((upper, 0x7632, ir.BF16Type.get()), (lower, 0x5410, i16)):
+            words = [_bytes(e[k], e[k + 1], which) for k in range(0, many, 2)]
+            packed = vector.from_elements(ir.VectorType.get((many // 2,), i32), words)
+            half.append(vector.bitcast(ir.VectorType.get((many,), kind), packed))
+    return [_array(upper, x.layout, np.dtype(jnp.bfloat16)), _array(lower, x.layout, np.dtype("uint16"))]
+
+
+def _bytes(a: ir.Value, b: ir.Value, which: int) -> ir.Value:
+    """An int32 of four of the bytes of two: each digit of `which`, the last first, is that of one, 0 to 3 in a."""
+    i32 = ir.IntegerType.get_signless(32)
+    return mlir.llvm.inline_asm(i32, [a, b], f"prmt.b32 $0, $1, $2, {which:#06x};", "=r,r,r")
+
+
+def _array(registers: Sequence[ir.Value], layout: Any, dtype: np.dtype) -> mgpu.FragmentedArray:
+    """A block of a thread's vectors."""
+    array = np.empty(len(registers), dtype=object)
+    array[:] = registers
+    signed = None if jnp.issubdtype(dtype, jnp.floating) else jnp.issubdtype(dtype, jnp.signedinteger)
+    return mgpu.FragmentedArray(_registers=array, _layout=layout, _is_signed=signed)
 
 
 def group_max(x: mgpu.FragmentedArray, group: int) -> mgpu.FragmentedArray:
-    """The largest of each `group` neighbours of a float32 block, to each of them; they lie in one warp."""
-    registers = np.empty_like(x.registers)
-    for k, register in enumerate(x.registers.flat):
+    """The largest magnitude of each `group` neighbours of a float32 block, to each of them; they lie in one warp."""
+    registers = []
+    for register in x.registers.flat:
         kind = ir.VectorType(register.type)
-        largest = vector.reduction(kind.element_type, vector.CombiningKind.MAXNUMF, register)
+        largest = vector.reduction(kind.element_type, vector.CombiningKind.MAXNUMF, math.absf(register))
+        largest = arith.maxnumf(largest, mgpu.c(0.0, kind.element_type))  # of nothing but NaN
         lanes = group // kind.shape[0]
         while lanes > 1:
             lanes //= 2
             largest = arith.maxnumf(largest, mgpu.utils.shfl_bfly(largest, lanes))
-        registers[k] = vector.broadcast(kind, largest)
-    return mgpu.FragmentedArray(_registers=registers, _layout=x.layout, _is_signed=None)
+        registers.append(vector.broadcast(kind, largest))
+    return _array(registers, x.layout, np.dtype("float32"))
 
 
-def _any_length(ref: ir.Value, *, in_global: bool = True) -> ir.Type:
-    """The type of `ref` without its length; in global memory, or in none in particular, as Mosaic's arguments are."""
-    space = ir.IntegerAttr.get(ir.IntegerType.get_signless(64), 1) if in_global else None
-    element = ir.MemRefType(ref.type).element_type
-    return ir.MemRefType.get([ir.ShapedType.get_dynamic_size()], element, memory_space=space)
+def _zero(kind: ir.Type) -> ir.Value:
+    return mgpu.c(0, kind) if not isinstance(kind, ir.VectorType) else vector.broadcast(kind, mgpu.c(0, kind.element_type))
