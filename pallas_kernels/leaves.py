@@ -216,16 +216,17 @@ class _Launch:
         loaded, elements = self.loaded(len(arrays)), config.block * config.tiles
         starts = [0, *itertools.accumulate(math.ceil(x.size / elements) for x in arrays[0])]
         layout: Any = plgpu.Layout.WG_STRIDED((config.block,), vec_size=config.vector)
+        ragged = any(x.size % config.vector for x in arrays[0])
         splat: Any = plgpu.Layout.WG_SPLAT
         number = lambda dtype: plgpu.ShapeDtypeStruct((), dtype, layout=splat)
         tile = lambda dtype: plgpu.ShapeDtypeStruct((config.block,), dtype, layout=layout)
         width, columns = factors.shape[1], 0 if numbers is None else numbers.shape[1]
         tables = [table for table in (factors, numbers) if table is not None and table.size]
         words = [number(jnp.int32)] * (1 + 2 * (len(arrays) + 2))
-        found = [*words, *[number(jnp.float32)] * width, *[number(jnp.int32)] * columns]
+        found = [number(jnp.int32), *words, *[number(jnp.float32)] * width, *[number(jnp.int32)] * columns]
         inputs = [tile(kinds[a].seen) for a in loaded]
         at = lambda n, words: tiles.Tile(
-            tiles.Leaf.of([*map(mlir.scalar, words)]), mlir.to_index(n), kinds, layout.to_mgpu()
+            tiles.Leaf.of([*map(mlir.scalar, words)]), mlir.to_index(n), kinds, layout.to_mgpu(), ragged
         )
 
         def kernel(scalars_ref: Any, *refs: Any) -> None:
@@ -240,7 +241,7 @@ class _Launch:
                 leaf = tiles.select(index, each, starts, elements)
                 row = [tiles.number(table_refs[0], leaf.number, k, width) for k in range(width)]
                 row += [tiles.number(table_refs[-1], leaf.number, k, columns) for k in range(columns)]
-                return tuple(map(tiles.scalar, [*leaf.words(), *row]))
+                return tuple(map(tiles.scalar, [leaf.tiles(config.block, config.tiles), *leaf.words(), *row]))
 
             @plgpu.inline_mgpu(arg_types=(splat,) * (1 + len(words)), return_type=tuple(inputs))
             def load(_: Any, n: Any, *words: Any) -> tuple[Any, ...]:
@@ -261,7 +262,7 @@ class _Launch:
                     at(n, words).store(new)
                 return ()
 
-            found_here = find(index, *refs)
+            many, *found_here = find(index, *refs)
             words_here, row = found_here[: len(words)], found_here[len(words) :]
             tools = {fast: _tools(layout, config.block, fast=fast) for fast in (False, True)}
 
@@ -279,8 +280,6 @@ class _Launch:
                 return [x + y for x, y in zip(sums, new[writes:], strict=True)]
 
             zero = [plgpu.layout_cast(jnp.zeros(config.block, jnp.float32), layout) for _ in range(self.sums)]
-            left = words_here[-4] - words_here[-2]
-            many = jnp.minimum((left + config.block - 1) // config.block, config.tiles)
             if config.tiles == 1:
                 sums = step(0, load(0, *words_here), zero)
             elif config.ahead:
@@ -370,7 +369,7 @@ def _tools(layout: Any, block: int, *, fast: bool) -> formats.Tools:
         floor=inline(tiles.floor, 1, jnp.int32, f32),
         at_most=lambda x, limit: instruction(f"min.f32 $0, $1, 0f{np.float32(limit).view(np.uint32):08X}")(x),
         group_max=inline(lambda x: tiles.group_max(x, formats.GROUP), 1, f32),
-        unpack=inline(tiles.unpack, 1, f32),
+        unpack=inline(tiles.unpack, 2, f32),
         pack=lambda x, dtype: inline(lambda x: tiles.pack(x, np.dtype(dtype)), 1, dtype)(x),
         join=inline(tiles.join, 2, f32),
         halves=inline(tiles.halves, 1, jnp.bfloat16, jnp.uint16),

@@ -101,8 +101,10 @@ def thread() -> tuple[ir.Value, ir.Value]:
 
 
 def vector_bytes(kind: ir.Type) -> int:
-    """Of a vector type."""
-    return ir.VectorType(kind).shape[0] * mgpu.bytewidth(ir.VectorType(kind).element_type)
+    """In bytes, of a number or a vector."""
+    if isinstance(kind, ir.VectorType):
+        return ir.VectorType(kind).shape[0] * mgpu.bytewidth(ir.VectorType(kind).element_type)
+    return mgpu.bytewidth(kind)
 
 
 def equal(a: ir.Value, b: ir.Value | int) -> ir.Value:
@@ -134,7 +136,7 @@ def at(pointer: ir.Value, offset: ir.Value | int) -> ir.Value:
 
 
 def load(kind: ir.Type, pointer: ir.Value) -> ir.Value:
-    """A vector whose bytes divide its address, or 16."""
+    """A number, or a vector, whose bytes divide its address, or 16."""
     return llvm.load(kind, pointer, alignment=min(16, vector_bytes(kind)))
 
 

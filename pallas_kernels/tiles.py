@@ -62,6 +62,11 @@ class Leaf:
         halves = [(x, arith.shrui(x, mgpu.c(32, i64))) for x in long]
         return [self.number, *(arith.trunci(i32, x) for pair in halves for x in pair)]
 
+    def tiles(self, elements: int, most: int) -> ir.Value:
+        """How many tiles of so many elements there are from `first` on, up to `most`, int32."""
+        left = arith.subi(self.size, self.first)
+        return mlir.to_int32(arith.minui(arith.ceildivui(left, mlir.index(elements)), mlir.index(most)))
+
     @classmethod
     def of(cls, words: Sequence[ir.Value]) -> Leaf:
         """From its `words`."""
@@ -83,59 +88,52 @@ class Tile:
       number: Of the tile in the thread block.
       kinds: What the leaf's arrays hold.
       layout: Of the tile over the threads.
+      ragged: Whether a leaf may end within a vector.
     """
 
     leaf: Leaf
     number: ir.Value
     kinds: Sequence[Kind]
     layout: mgpu.WGStridedFragLayout
+    ragged: bool
 
     def load(self, which: Sequence[int]) -> list[mgpu.FragmentedArray]:
         """Some of the arrays, zero beyond the leaf's end. All loads are on their way before the first is waited for."""
-        places = self._places()
         # What neighbours share is spread over them behind the branch: within, it would be waited for.
-        types = [self._element(a) if self.kinds[a].repeat > 1 else self._vector(self._element(a)) for a in which]
-        types = [kind for kind in types for _ in places]
+        types = [self._element(a) if self._is_shared(a) else self._vector(self._element(a)) for a in which]
 
-        def each(load: Callable[[int, ir.Value], ir.Value]) -> None:
-            mlir.scf.yield_([load(a, at) for a in which for at in places])
+        def vectors(at: ir.Value) -> list[ir.Value]:
+            branch = mlir.scf.IfOp(self._is_whole(at), types, has_else=True)
+            with ir.InsertionPoint(branch.then_block):
+                mlir.scf.yield_([self._load_whole(a, at) for a in which])
+            with ir.InsertionPoint(branch.else_block):
+                mlir.scf.yield_([self._load_part(a, at) if self.ragged else _zero(t) for a, t in zip(which, types)])
+            return list(branch.results)
 
-        branch = mlir.scf.IfOp(self._is_whole(), types, has_else=True)
-        with ir.InsertionPoint(branch.then_block):
-            each(self._load_whole)
-        with ir.InsertionPoint(branch.else_block):
-            some = mlir.scf.IfOp(mlir.less(self._offset(), self.leaf.size), types, has_else=True)
-            with ir.InsertionPoint(some.then_block):
-                each(self._load_checked)
-            with ir.InsertionPoint(some.else_block):
-                mlir.scf.yield_([_zero(kind) for kind in types])
-            mlir.scf.yield_(list(some.results))
-        loaded = iter(branch.results)
-        return [_array([self._widened(a, next(loaded)) for _ in places], self.layout, self.kinds[a].seen) for a in which]
+        columns = zip(*map(vectors, self._places()), strict=True)
+        return [
+            _array([self._widened(a, x) for x in column], self.layout, self.kinds[a].seen)
+            for a, column in zip(which, columns, strict=True)
+        ]
 
     def _load_whole(self, a: int, at: ir.Value) -> ir.Value:
-        if self.kinds[a].repeat > 1:
-            return self._load_one(a, self._shared(a, at))
-        return mlir.load(self._vector(self._element(a)), self._address(a, at))
+        kind = self._element(a) if self._is_shared(a) else self._vector(self._element(a))
+        return mlir.load(kind, self._address(a, at))
 
-    def _load_one(self, a: int, at: ir.Value) -> ir.Value:
-        return mlir.llvm.load(self._element(a), self._address(a, at))
-
-    def _load_checked(self, a: int, at: ir.Value) -> ir.Value:
+    def _load_part(self, a: int, at: ir.Value) -> ir.Value:
         element = self._element(a)
 
-        def one(at: ir.Value, place: ir.Value) -> ir.Value:
+        def one(at: ir.Value) -> ir.Value:
             inside = mlir.less(at, self.leaf.size)
-            return mlir.when(inside, lambda: self._load_one(a, place), mgpu.c(0, element))
+            return mlir.when(inside, lambda: mlir.load(element, self._address(a, at)), mgpu.c(0, element))
 
-        if self.kinds[a].repeat > 1:
-            return one(at, self._shared(a, at))
-        here = [mlir.plus(at, j) for j in range(self.layout.vec_size)]
-        return vector.from_elements(self._vector(element), [one(x, x) for x in here])
+        if self._is_shared(a):
+            return one(at)
+        return vector.from_elements(self._vector(element), [one(mlir.plus(at, j)) for j in range(self.layout.vec_size)])
 
     def _widened(self, a: int, x: ir.Value) -> ir.Value:
         """A vector in the dtype of registers."""
-        if self.kinds[a].repeat == 1:
+        if not self._is_shared(a):
             return x
         i32 = ir.IntegerType.get_signless(32)
         extend = arith.extsi if jnp.issubdtype(self.kinds[a].dtype, jnp.signedinteger) else arith.extui
@@ -143,40 +141,39 @@ class Tile:
 
     def store(self, values: Sequence[mgpu.FragmentedArray]) -> None:
         """Writes the first arrays, up to the leaf's end."""
-        places = self._places()
-        registers = [
-            [self._narrowed(a, register) for register in value.registers.flat] for a, value in enumerate(values)
-        ]
-        branch = mlir.scf.IfOp(self._is_whole(), [], has_else=True)
-        for block, store in ((branch.then_block, self._store_whole), (branch.else_block, self._store_checked)):
-            with ir.InsertionPoint(block):
-                for a, mine in enumerate(registers):
-                    for at, register in zip(places, mine, strict=True):
-                        store(a, at, register)
+        for at, *registers in zip(self._places(), *(value.registers.flat for value in values), strict=True):
+            narrowed = [self._narrowed(a, x) for a, x in enumerate(registers)]
+            branch = mlir.scf.IfOp(self._is_whole(at), [], has_else=self.ragged)
+            with ir.InsertionPoint(branch.then_block):
+                for a, x in enumerate(narrowed):
+                    self._store_whole(a, at, x)
                 mlir.scf.yield_([])
+            if self.ragged:
+                with ir.InsertionPoint(branch.else_block):
+                    for a, x in enumerate(narrowed):
+                        self._store_part(a, at, x)
+                    mlir.scf.yield_([])
 
     def _narrowed(self, a: int, x: ir.Value) -> ir.Value:
-        """A vector in the dtype of memory."""
-        kind = self.kinds[a]
-        return x if kind.seen == kind.dtype else arith.trunci(self._vector(self._element(a)), x)
+        """A vector in the dtype of memory; one number where neighbours share it."""
+        if not self._is_shared(a):
+            return x
+        return arith.trunci(self._element(a), vector.extract(x, [], [0]))
 
-    def _store_whole(self, a: int, at: ir.Value, register: ir.Value) -> None:
-        if self.kinds[a].repeat > 1:
-            self._store_checked(a, at, register)
-        else:
-            mlir.store(register, self._address(a, at))
+    def _store_whole(self, a: int, at: ir.Value, x: ir.Value) -> None:
+        if not self._is_shared(a):
+            return mlir.store(x, self._address(a, at))
+        first = mlir.equal(arith.remui(at, mlir.index(self.kinds[a].repeat)), 0)
+        return mlir.when(first, lambda: mlir.store(x, self._address(a, at)))
 
-    def _store_checked(self, a: int, at: ir.Value, register: ir.Value) -> None:
-        def one(condition: ir.Value, j: int, place: ir.Value) -> None:
-            value = vector.extract(register, [], [j])
-            mlir.when(condition, lambda: mlir.llvm.store(value, self._address(a, place)))
-
-        if self.kinds[a].repeat > 1:
-            rest = arith.remui(at, mlir.index(self.kinds[a].repeat))
-            return one(arith.andi(mlir.equal(rest, 0), mlir.less(at, self.leaf.size)), 0, self._shared(a, at))
+    def _store_part(self, a: int, at: ir.Value, x: ir.Value) -> None:
+        if self._is_shared(a):
+            return mlir.when(mlir.less(at, self.leaf.size), lambda: self._store_whole(a, at, x))
         for j in range(self.layout.vec_size):
             here = mlir.plus(at, j)
-            one(mlir.less(here, self.leaf.size), j, here)
+            store = lambda j=j, here=here: mlir.store(vector.extract(x, [], [j]), self._address(a, here))
+            mlir.when(mlir.less(here, self.leaf.size), store)
+        return None
 
     def places(self, cuts: Sequence[Sequence[ir.Value]], *, together: bool) -> mgpu.FragmentedArray:
         """int32: where each element lies in the whole leaf, modulo 2**32, by its `formats.Cut`s.
@@ -211,15 +208,15 @@ class Tile:
     def _vector(self, element: ir.Type) -> ir.Type:
         return self.layout.registers_element_type(element)
 
+    def _is_shared(self, a: int) -> bool:
+        return self.kinds[a].repeat > 1
+
     def _address(self, a: int, at: ir.Value) -> ir.Value:
-        """Of an element."""
-        offset = mlir.times(at, self.kinds[a].dtype.itemsize)
+        """Of what the array holds for an element of the leaf."""
+        kind = self.kinds[a]
+        offset = mlir.times(arith.divui(at, mlir.index(kind.repeat)), kind.dtype.itemsize)
         pointer = mlir.llvm.inttoptr(mlir.llvm.PointerType.get(address_space=mlir.GLOBAL), self.leaf.addresses[a])
         return mlir.at(pointer, offset)
-
-    def _shared(self, a: int, at: ir.Value) -> ir.Value:
-        """Where the element lies that a vector's neighbours share."""
-        return arith.divui(at, mlir.index(self.kinds[a].repeat))
 
     def _offset(self) -> ir.Value:
         """Where the tile begins, in elements of the leaf."""
@@ -232,8 +229,9 @@ class Tile:
         (vectors,) = self.layout.registers_shape(self.layout.shape)
         return [mlir.plus(first, k * 128 * self.layout.vec_size) for k in range(vectors)]
 
-    def _is_whole(self) -> ir.Value:
-        return mlir.less(mlir.plus(self._offset(), self.layout.shape[0] - 1), self.leaf.size)
+    def _is_whole(self, at: ir.Value) -> ir.Value:
+        """Whether the leaf has all elements of a vector."""
+        return mlir.less(mlir.plus(at, self.layout.vec_size - 1), self.leaf.size)
 
 
 def select(index: Any, leaves: Sequence[Sequence[ir.Value]], starts: Sequence[int], elements: int) -> Leaf:
@@ -314,8 +312,8 @@ def floor(x: mgpu.FragmentedArray) -> list[mgpu.FragmentedArray]:
     return [_array(bits, x.layout, np.dtype("int32")), shifted - 12582912.0]
 
 
-def unpack(x: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
-    """float32 of 8-bit integers: each becomes the last byte of 2**23, which is subtracted again."""
+def unpack(x: mgpu.FragmentedArray, scale: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
+    """8-bit integers times powers of two, float32: each becomes the last byte of 2**23, which is subtracted again."""
     words = ir.IntegerType.get_signless(32)
     registers, shift = [], 2.0**23 + (128.0 if x.is_signed else 0.0)
     for register in x.registers.flat:
@@ -328,7 +326,7 @@ def unpack(x: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
             elements += [_bytes(word, mlir.int32(0x4B000000), 0x7440 + j) for j in range(4)]
         bits = vector.from_elements(ir.VectorType.get((many,), words), elements)
         registers.append(vector.bitcast(mlir.floats(many), bits))
-    return _array(registers, x.layout, np.dtype("float32")) - shift
+    return _array(registers, x.layout, np.dtype("float32")) * scale - scale * shift
 
 
 def pack(x: mgpu.FragmentedArray, dtype: np.dtype) -> mgpu.FragmentedArray:
