@@ -41,42 +41,50 @@ def refjob(kind, ref, sc):
     P, G, M, V = shapes_of(kind, "small")
     return jax.jit(lambda p, mu, nu, g: ref(p, g, mu, nu, sc(3, 1e-3, weight_decay=.1))).lower(P, M, V, G).compile()
 show = lambda c: "default" if c is None else f"v{c.vector} b{c.block} t{c.tiles}{' ahead' if c.ahead else ''}"
-def main(checks, cases):
-    pool = fu.ThreadPoolExecutor(16)
-    for k, o, _, _, c in checks: shapes_of(k, "small")
+def check(kind, op, ref, sc, c, run, want_run):
+    P, G, M, V = make(kind, small); cp = lambda t: jax.tree.map(jnp.copy, t)
+    want = want_run(P, M, V, G); i = jnp.int32(3)
+    got = run(cp(P), cp(M), cp(V), G, i); again = run(cp(P), cp(M), cp(V), G, i)
+    d = lambda t: [[np.asarray(F.decode(x), np.float64).ravel() for x in l] for l in t]
+    dg, dw = d(got), d(want)
+    errs = [max(float(np.abs(a - b).max(initial=0)) for a, b in zip(x, y)) for x, y in zip(dg, dw)]
+    raw = [sum(int((np.asarray(a) != np.asarray(b)).sum()) for a, b in zip(jax.tree.leaves(x), jax.tree.leaves(y))) for x, y in zip(got, want)]
+    same = all(bool((a == b).all()) for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(again)))
+    print(f"check {kind} {op.__name__} {show(c)} err {[f'{e:.0e}' for e in errs]} differing {raw} repeat {same}", flush=True)
+def main(checks, cases, first=()):
+    early = {}
+    for label, patch, kind, name, c in first:
+        kept = F.random_bits; F.random_bits = patch
+        early[label] = (kind, name, lower(kind, adam, c, name)); F.random_bits = kept
+    pool = fu.ThreadPoolExecutor(8)
     for k, n, cs in cases: shapes_of(k, n)
-    jobs = {("small", k, o, c): pool.submit(lower, k, o, c, "small") for k, o, r, sc, c in checks}
-    rjobs = {(k, r): None for k, o, r, sc, c in checks}
-    rjobs = {(k, r): pool.submit(refjob, k, r, sc) for k, o, r, sc, c in checks}
-    jobs |= {(n, k, adam, c): pool.submit(lower, k, adam, c, n) for k, n, cs in cases for c in cs}
-    for kind, op, ref, sc, c in checks:
-        P, G, M, V = make(kind, small); cp = lambda t: jax.tree.map(jnp.copy, t)
-        want = rjobs[kind, ref].result()(P, M, V, G); i = jnp.int32(3)
-        run = jobs["small", kind, op, c].result()
-        got = run(cp(P), cp(M), cp(V), G, i); again = run(cp(P), cp(M), cp(V), G, i)
-        d = lambda t: [[np.asarray(F.decode(x), np.float64).ravel() for x in l] for l in t]
-        dg, dw = d(got), d(want)
-        errs = [max(float(np.abs(a - b).max(initial=0)) for a, b in zip(x, y)) for x, y in zip(dg, dw)]
-        raw = [sum(int((np.asarray(a) != np.asarray(b)).sum()) for a, b in zip(jax.tree.leaves(x), jax.tree.leaves(y))) for x, y in zip(got, want)]
-        same = all(bool((a == b).all()) for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(again)))
-        print(f"check {kind} {op.__name__} {show(c)} err {[f'{e:.0e}' for e in errs]} differing {raw} repeat {same}", flush=True)
-    print(f"{time.time()-START:.0f} s", flush=True)
+    jobs = {(n, k, adam, c): pool.submit(lower, k, adam, c, n) for k, n, cs in cases for c in cs}
+    for k, o, _, _, c in checks: shapes_of(k, "small")
+    cjobs = [pool.submit(lower, k, o, c, "small") for k, o, r, sc, c in checks]
+    rjobs = [pool.submit(refjob, k, r, sc) for k, o, r, sc, c in checks]
     add = jax.jit(lambda x: x + 1, donate_argnums=0)
     us, _, _, _ = profile(lambda x: (add(x),), (jnp.zeros(2**29),)); ceil = 2 * 2**31 / us / 1e3
-    print(f"ceiling {ceil:.0f}", flush=True)
+    print(f"ceiling {ceil:.0f} {time.time()-START:.0f} s", flush=True)
+    held, state = None, None
+    def time_it(label, kind, name, run):
+        nonlocal held, state
+        if held is None or held[0] != (kind, name):
+            held = state = None
+            P, G, M, V = make(kind, SETS[name]); jax.block_until_ready(V)
+            held, state = ((kind, name), G), (P, M, V)
+            del P, G, M, V
+        G = held[1]; i = jnp.int32(3); count = sum(map(math.prod, SETS[name])); nbytes = BYTES[kind]
+        us, span, tab, state = profile(lambda p, m, v: run(p, m, v, G, i), state, steps=4)
+        print(f"{kind} {name} {label}: {us:.1f} us {count*nbytes/us/1e3:.0f} GB/s {count*nbytes/us/1e3/ceil:.3f} | {[(b, round(d,1)) for a,b,d in tab[:1]]} {time.time()-START:.0f} s", flush=True)
+    for label, (kind, name, run) in early.items(): time_it(label, kind, name, run)
     for kind, name, cfgs in cases:
-        if time.time() - START > LIMIT: print("out of time"); break
-        P, G, M, V = make(kind, SETS[name]); jax.block_until_ready(V); state = (P, M, V)
-        count = sum(map(math.prod, SETS[name])); nbytes = BYTES[kind]
         for c in cfgs:
-            if time.time() - START > LIMIT: print("out of time"); break
-            try:
-                run = jobs[name, kind, adam, c].result(); i = jnp.int32(3)
-                us, span, tab, state = profile(lambda p, m, v: run(p, m, v, G, i), state, steps=4)
-                print(f"{kind} {name} {show(c)}: {us:.1f} us {count*nbytes/us/1e3:.0f} GB/s {count*nbytes/us/1e3/ceil:.3f} | {[(b, round(d,1)) for a,b,d in tab[:1]]} {time.time()-START:.0f} s", flush=True)
-            except Exception as e:
-                print(kind, show(c), "ERR", type(e).__name__, str(e)[:200], flush=True)
-        del P, G, M, V, state
+            if time.time() - START > LIMIT: print("out of time"); return
+            try: time_it(show(c), kind, name, jobs[name, kind, adam, c].result(timeout=max(1, LIMIT - (time.time() - START))))
+            except Exception as e: print(kind, show(c), "ERR", type(e).__name__, str(e)[:200], flush=True)
+    for args, a, b in zip(checks, cjobs, rjobs):
+        if time.time() - START > LIMIT: print("out of time"); return
+        check(*args, a.result(), b.result())
     print(f"{time.time()-START:.0f} s")
 A = (adam, adam_reference, adam_scalars); L = (lamb, lamb_reference, lamb_scalars)
 if __name__ == "__main__":

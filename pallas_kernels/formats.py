@@ -290,8 +290,8 @@ class _BlocksFormat(Format):
             scaled = jnp.maximum(tools.at_most(scaled, 255.0), 1.0)
             # Unbiased in the moment, not in its root: up in proportion to the way from this code's square to the next's.
             codes, low = tools.floor(scaled)
-            up = scaled * scaled > low * (low + 2 * random) + random
-            codes += jnp.where(up, _like(1, codes), _like(0, codes))
+            missing = low * (low + 2 * random) + random - scaled * scaled  # if negative, up
+            codes += lax.shift_right_logical(lax.bitcast_convert_type(missing, jnp.int32), _like(31, codes))
         return [tools.pack(codes, self.dtypes[0]), exponents]
 
     def _fraction(self, bits: Array) -> Array:

@@ -107,7 +107,7 @@ class Tile:
             with ir.InsertionPoint(branch.then_block):
                 mlir.scf.yield_([self._load_whole(a, at) for a in which])
             with ir.InsertionPoint(branch.else_block):
-                mlir.scf.yield_([self._load_part(a, at) if self.ragged else _zero(t) for a, t in zip(which, types)])
+                mlir.scf.yield_([self._load_part(a, at) if self.ragged else mlir.llvm.mlir_undef(t) for a, t in zip(which, types)])
             return list(branch.results)
 
         columns = zip(*map(vectors, self._places()), strict=True)
