@@ -226,7 +226,7 @@ class _Launch:
         found = [number(jnp.int32), *words, *[number(jnp.float32)] * width, *[number(jnp.int32)] * columns]
         inputs = [tile(kinds[a].seen) for a in loaded]
         at = lambda n, words: tiles.Tile(
-            tiles.Leaf.of([*map(mlir.scalar, words)]), mlir.to_index(n), kinds, layout.to_mgpu(), ragged
+            tiles.Leaf.of([*map(mlir.scalar, words)]), mlir.to_index(n), kinds, layout.to_mgpu(), ragged, bool(self.sums)
         )
 
         def kernel(scalars_ref: Any, *refs: Any) -> None:

@@ -89,6 +89,7 @@ class Tile:
       kinds: What the leaf's arrays hold.
       layout: Of the tile over the threads.
       ragged: Whether a leaf may end within a vector.
+      zeros: Whether what lies beyond a leaf's end is zero where it is not ragged, or anything.
     """
 
     leaf: Leaf
@@ -96,25 +97,35 @@ class Tile:
     kinds: Sequence[Kind]
     layout: mgpu.WGStridedFragLayout
     ragged: bool
+    zeros: bool
 
     def load(self, which: Sequence[int]) -> list[mgpu.FragmentedArray]:
-        """Some of the arrays, zero beyond the leaf's end. All loads are on their way before the first is waited for."""
+        """Some of the arrays. All loads are on their way before the first is waited for."""
+        places = self._places()
         # What neighbours share is spread over them behind the branch: within, it would be waited for.
         types = [self._element(a) if self._is_shared(a) else self._vector(self._element(a)) for a in which]
+        branch = mlir.scf.IfOp(self._is_whole(), [kind for kind in types for _ in places], has_else=True)
+        with ir.InsertionPoint(branch.then_block):
+            mlir.scf.yield_([self._load_whole(a, at) for a in which for at in places])
+        with ir.InsertionPoint(branch.else_block):
+            vectors = [self._load_inside(which, types, at) for at in places]
+            mlir.scf.yield_([x for column in zip(*vectors, strict=True) for x in column])
+        loaded = iter(branch.results)
+        return [_array([self._widened(a, next(loaded)) for _ in places], self.layout, self.kinds[a].seen) for a in which]
 
-        def vectors(at: ir.Value) -> list[ir.Value]:
-            branch = mlir.scf.IfOp(self._is_whole(at), types, has_else=True)
-            with ir.InsertionPoint(branch.then_block):
-                mlir.scf.yield_([self._load_whole(a, at) for a in which])
-            with ir.InsertionPoint(branch.else_block):
-                mlir.scf.yield_([self._load_part(a, at) if self.ragged else mlir.llvm.mlir_undef(t) for a, t in zip(which, types)])
-            return list(branch.results)
+    def _load_inside(self, which: Sequence[int], types: Sequence[ir.Type], at: ir.Value) -> list[ir.Value]:
+        """A vector of each array, where the tile is not whole."""
+        branch = mlir.scf.IfOp(self._has(at), types, has_else=True)
+        with ir.InsertionPoint(branch.then_block):
+            mlir.scf.yield_([self._load_whole(a, at) for a in which])
+        with ir.InsertionPoint(branch.else_block):
+            beyond = lambda a, kind: self._load_part(a, at) if self.ragged else self._nothing(kind)
+            mlir.scf.yield_(list(map(beyond, which, types)))
+        return list(branch.results)
 
-        columns = zip(*map(vectors, self._places()), strict=True)
-        return [
-            _array([self._widened(a, x) for x in column], self.layout, self.kinds[a].seen)
-            for a, column in zip(which, columns, strict=True)
-        ]
+    def _nothing(self, kind: ir.Type) -> ir.Value:
+        """For a vector beyond the leaf's end."""
+        return _zero(kind) if self.zeros else mlir.llvm.mlir_undef(kind)
 
     def _load_whole(self, a: int, at: ir.Value) -> ir.Value:
         kind = self._element(a) if self._is_shared(a) else self._vector(self._element(a))
@@ -141,18 +152,22 @@ class Tile:
 
     def store(self, values: Sequence[mgpu.FragmentedArray]) -> None:
         """Writes the first arrays, up to the leaf's end."""
-        for at, *registers in zip(self._places(), *(value.registers.flat for value in values), strict=True):
-            narrowed = [self._narrowed(a, x) for a, x in enumerate(registers)]
-            branch = mlir.scf.IfOp(self._is_whole(at), [], has_else=self.ragged)
-            with ir.InsertionPoint(branch.then_block):
-                for a, x in enumerate(narrowed):
-                    self._store_whole(a, at, x)
-                mlir.scf.yield_([])
-            if self.ragged:
-                with ir.InsertionPoint(branch.else_block):
-                    for a, x in enumerate(narrowed):
-                        self._store_part(a, at, x)
-                    mlir.scf.yield_([])
+        narrowed = [[self._narrowed(a, x) for x in value.registers.flat] for a, value in enumerate(values)]
+        vectors = list(zip(self._places(), *narrowed, strict=True))
+
+        def each(store: Callable[[int, ir.Value, ir.Value], None], at: ir.Value, xs: Sequence[ir.Value]) -> None:
+            for a, x in enumerate(xs):
+                store(a, at, x)
+
+        def inside(at: ir.Value, xs: Sequence[ir.Value]) -> None:
+            part = (lambda: each(self._store_part, at, xs)) if self.ragged else (lambda: None)
+            _either(self._has(at), lambda: each(self._store_whole, at, xs), part)
+
+        _either(
+            self._is_whole(),
+            lambda: [each(self._store_whole, at, xs) for at, *xs in vectors],
+            lambda: [inside(at, xs) for at, *xs in vectors],
+        )
 
     def _narrowed(self, a: int, x: ir.Value) -> ir.Value:
         """A vector in the dtype of memory; one number where neighbours share it."""
@@ -229,8 +244,12 @@ class Tile:
         (vectors,) = self.layout.registers_shape(self.layout.shape)
         return [mlir.plus(first, k * 128 * self.layout.vec_size) for k in range(vectors)]
 
-    def _is_whole(self, at: ir.Value) -> ir.Value:
-        """Whether the leaf has all elements of a vector."""
+    def _is_whole(self) -> ir.Value:
+        """Whether the leaf has all elements of the tile."""
+        return mlir.less(mlir.plus(self._offset(), self.layout.shape[0] - 1), self.leaf.size)
+
+    def _has(self, at: ir.Value) -> ir.Value:
+        """Whether it has all elements of a vector."""
         return mlir.less(mlir.plus(at, self.layout.vec_size - 1), self.leaf.size)
 
 
@@ -400,5 +419,14 @@ def group_max(x: mgpu.FragmentedArray, group: int) -> mgpu.FragmentedArray:
     return _array(registers, x.layout, np.dtype("float32"))
 
 
+def _either(condition: ir.Value, then: Callable[[], Any], otherwise: Callable[[], Any]) -> None:
+    """What is built by one or by the other runs."""
+    branch = mlir.scf.IfOp(condition, [], has_else=True)
+    for block, build in ((branch.then_block, then), (branch.else_block, otherwise)):
+        with ir.InsertionPoint(block):
+            build()
+            mlir.scf.yield_([])
+
+
 def _zero(kind: ir.Type) -> ir.Value:
-    return mgpu.c(0, kind) if not isinstance(kind, ir.VectorType) else vector.broadcast(kind, mgpu.c(0, kind.element_type))
+    return vector.broadcast(kind, mgpu.c(0, kind.element_type)) if isinstance(kind, ir.VectorType) else mgpu.c(0, kind)
