@@ -153,7 +153,7 @@ class Tools:
       at_most: `at_most(x, limit)`, the smaller, and the limit of NaN.
       group_max: Gives the largest magnitude of each `GROUP` neighbours along the last dim, to each of them; NaN counts
         for nothing.
-      unpack: `unpack(codes, scale)`, 8-bit integers times powers of two, float32.
+      unpack: float32 of 8-bit integers.
       pack: `pack(x, dtype)`, 8-bit integers of int32 modulo 256.
       join: float32 of `Split`'s arrays.
       halves: `Split`'s arrays of float32.
@@ -166,7 +166,7 @@ class Tools:
     floor: Callable[[Array], tuple[Array, Array]]
     at_most: Callable[[Array, float], Array]
     group_max: Callable[[Array], Array]
-    unpack: Callable[[Array, Array], Array]
+    unpack: Callable[[Array], Array]
     pack: Callable[[Array, Any], Array]
     join: Callable[[Array, Array], Array]
     halves: Callable[[Array], Sequence[Array]]
@@ -268,7 +268,7 @@ class _BlocksFormat(Format):
 
     def decode(self, arrays: Sequence[Array], tools: Tools) -> Array:
         codes, exponents = arrays
-        value = tools.unpack(codes, _power(exponents))
+        value = tools.unpack(codes) * _power(exponents)
         return value if self.signed else value * value
 
     def encode(self, value: Array, bits: Array | None, tools: Tools) -> list[Array]:
@@ -288,7 +288,7 @@ class _BlocksFormat(Format):
         else:
             # What is not zero must not become so, since it is divided by; zeros get the least code of their neighbours.
             scaled = jnp.maximum(tools.at_most(scaled, 255.0), 1.0)
-            # Unbiased in the moment, not in its root: up in proportion to the way from this code's square to the next's.
+            # Unbiased in the moment, not in its root: up by the share of the way from this code's square to the next's.
             codes, low = tools.floor(scaled)
             missing = low * (low + 2 * random) + random - scaled * scaled  # if negative, up
             codes += lax.shift_right_logical(lax.bitcast_convert_type(missing, jnp.int32), _like(31, codes))
@@ -355,7 +355,7 @@ EXACT = Tools(
     floor=lambda x: (jnp.floor(x).astype(jnp.int32), jnp.floor(x)),
     at_most=lambda x, limit: jnp.where(x < limit, x, limit),
     group_max=group_max,
-    unpack=lambda codes, scale: codes.astype(jnp.float32) * scale,
+    unpack=lambda x: x.astype(jnp.float32),
     pack=lambda x, dtype: x.astype(dtype),
     join=lambda high, low: joined(Split(high, low)),
     halves=split,

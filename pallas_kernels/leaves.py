@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 
-from pallas_kernels import dispatch, formats, mlir, tiles
+from pallas_kernels import dispatch, formats, instructions, mlir, tiles
 from pallas_kernels.dispatch import plgpu
 
 THREADS = 128  # of a warpgroup
@@ -46,8 +46,6 @@ class Config:
 
     block: int = 2048
     vector: int = 4
-    tiles: int = 1
-    ahead: bool = False
     leaves: int = 24
     elements: int = 2**25
     max_leaves: int = 500
@@ -59,7 +57,7 @@ class Here:
 
     Attributes:
       scalars: float32 scalars of the launch.
-      factors: Blocks, each filled with one of the leaf's factors.
+      factors: float32 scalars of the leaf.
       bits: int32 block, random bits of each element; None without keys.
       exact: Right to 2 units in the last place.
       fast: By single instructions, which take numbers below 2**-126 for zero.
@@ -212,91 +210,31 @@ class _Launch:
           factors: As of `run`.
           numbers: From `_numbers`.
         """
-        count, writes, config, kinds = len(arrays[0]), self.writes, self.config, _kinds(arrays)
-        loaded, elements = self.loaded(len(arrays)), config.block * config.tiles
-        starts = [0, *itertools.accumulate(math.ceil(x.size / elements) for x in arrays[0])]
+        config, starts = self.config, self._starts(arrays)
         layout: Any = plgpu.Layout.WG_STRIDED((config.block,), vec_size=config.vector)
-        ragged = any(x.size % config.vector for x in arrays[0])
-        splat: Any = plgpu.Layout.WG_SPLAT
-        number = lambda dtype: plgpu.ShapeDtypeStruct((), dtype, layout=splat)
-        tile = lambda dtype: plgpu.ShapeDtypeStruct((config.block,), dtype, layout=layout)
-        width, columns = factors.shape[1], 0 if numbers is None else numbers.shape[1]
         tables = [table for table in (factors, numbers) if table is not None and table.size]
-        words = [number(jnp.int32)] * (1 + 2 * (len(arrays) + 2))
-        found = [number(jnp.int32), *words, *[number(jnp.float32)] * width, *[number(jnp.int32)] * columns]
-        inputs = [tile(kinds[a].seen) for a in loaded]
-        at = lambda n, words: tiles.Tile(
-            tiles.Leaf.of([*map(mlir.scalar, words)]), mlir.to_index(n), kinds, layout.to_mgpu(), ragged, bool(self.sums)
-        )
+        tools = [instructions.tools(layout, config.block, fast=fast) for fast in (False, True)]
 
         def kernel(scalars_ref: Any, *refs: Any) -> None:
             refs, partials = refs[: len(refs) - self.sums], refs[len(refs) - self.sums :]
             index = jax.lax.axis_index("blocks")
-            scalars_here = [scalars_ref[k] for k in range(scalars.size)]
-
-            @plgpu.inline_mgpu(arg_types=(splat, *[plgpu.RefType()] * len(refs)), return_type=tuple(found))
-            def find(_: Any, index: Any, *refs: Any) -> tuple[Any, ...]:
-                refs, table_refs = refs[: len(refs) - len(tables)], refs[len(refs) - len(tables) :]
-                each = [refs[leaf : len(kinds) * count : count] for leaf in range(count)]
-                leaf = tiles.select(index, each, starts, elements)
-                row = [tiles.number(table_refs[0], leaf.number, k, width) for k in range(width)]
-                row += [tiles.number(table_refs[-1], leaf.number, k, columns) for k in range(columns)]
-                return tuple(map(tiles.scalar, [leaf.tiles(config.block, config.tiles), *leaf.words(), *row]))
-
-            @plgpu.inline_mgpu(arg_types=(splat,) * (1 + len(words)), return_type=tuple(inputs))
-            def load(_: Any, n: Any, *words: Any) -> tuple[Any, ...]:
-                return tuple(at(n, words).load(loaded))
-
-            @plgpu.inline_mgpu(
-                arg_types=(splat,) * (1 + len(words) + columns), return_type=(tile(jnp.int32),) * 2
+            find, load, key_and_place, store = self._inlined(arrays, layout, factors, numbers)
+            words, row, number = find(index, *refs)
+            here = Here(
+                scalars=[scalars_ref[k] for k in range(scalars.size)],
+                factors=list(row),
+                bits=formats.random_bits(*key_and_place(words, number)) if number else None,
+                exact=tools[0],
+                fast=tools[1],
             )
-            def key_and_place(_: Any, n: Any, *words_and_row: Any) -> tuple[Any, ...]:
-                words, (key, *cuts) = words_and_row[:-columns], [*map(mlir.scalar, words_and_row[-columns:])]
-                place = at(n, words).places(_triples(cuts), together=self.together)
-                return tiles.splat(key, layout.to_mgpu()), place
-
-            @plgpu.inline_mgpu(arg_types=(splat,) * (2 + len(words)) + (layout,) * writes, return_type=())
-            def store(_: Any, applied: Any, n: Any, *words_and_new: Any) -> tuple[Any, ...]:
-                words, new = words_and_new[:len(words_and_new) - writes], words_and_new[len(words_and_new) - writes:]
-                with tiles.where_positive(applied):
-                    at(n, words).store(new)
-                return ()
-
-            many, *found_here = find(index, *refs)
-            words_here, row = found_here[: len(words)], found_here[len(words) :]
-            tools = {fast: _tools(layout, config.block, fast=fast) for fast in (False, True)}
-
-            def step(n: Any, arrays: Any, sums: Any) -> list[jax.Array]:
-                here = Here(
-                    scalars=scalars_here,
-                    factors=list(row[:width]),
-                    bits=formats.random_bits(*key_and_place(n, *words_here, *row[width:])) if columns else None,
-                    exact=tools[False],
-                    fast=tools[True],
-                )
-                new = self.body(here, *arrays)
-                if writes:
-                    store(here.scalars[-1], n, *words_here, *new[:writes])
-                return [x + y for x, y in zip(sums, new[writes:], strict=True)]
-
-            zero = [plgpu.layout_cast(jnp.zeros(config.block, jnp.float32), layout) for _ in range(self.sums)]
-            if config.tiles == 1:
-                sums = step(0, load(0, *words_here), zero)
-            elif config.ahead:
-
-                def turn(n: Any, carry: Any) -> Any:
-                    arrays, sums = carry
-                    following = load(n + 1, *words_here)
-                    return following, step(n, arrays, sums)
-
-                _, sums = jax.lax.fori_loop(0, many, turn, (load(0, *words_here), zero))
-            else:
-                sums = jax.lax.fori_loop(0, many, lambda n, sums: step(n, load(n, *words_here), sums), zero)
-            for ref, x in zip(partials, sums, strict=True):
+            new = self.body(here, *load(words))
+            for ref, x in zip(partials, new[self.writes :], strict=True):
                 ref[index] = jnp.sum(x)
+            if self.writes:
+                store(here.scalars[-1], words, tuple(new[: self.writes]))
 
-        refs = [jax.new_ref(x) for leaves in arrays[:writes] for x in leaves]
-        read = [*itertools.chain(*arrays[writes:]), *(table.reshape(-1) for table in tables)]
+        refs = [jax.new_ref(x) for leaves in arrays[: self.writes] for x in leaves]
+        read = [*itertools.chain(*arrays[self.writes :]), *(table.reshape(-1) for table in tables)]
         partials = plgpu.kernel(
             kernel,
             out_type=[jax.ShapeDtypeStruct((starts[-1] + CHUNK,), jnp.float32)] * self.sums,
@@ -305,8 +243,61 @@ class _Launch:
             kernel_name=f"zerojax_{self.name}",
             compiler_params=_WARPGROUP,
         )(scalars, *refs, *read)
-        new = [jax.freeze(ref) for ref in refs]
-        return [new[a * count : (a + 1) * count] for a in range(writes)], _totals(partials, starts)
+        new, count = [jax.freeze(ref) for ref in refs], len(arrays[0])
+        return [new[a * count : (a + 1) * count] for a in range(self.writes)], _totals(partials, starts)
+
+    def _starts(self, arrays: list[list[jax.Array]]) -> list[int]:
+        """Number of the first thread block of each leaf, and of all."""
+        return [0, *itertools.accumulate(math.ceil(x.size / self.config.block) for x in arrays[0])]
+
+    def _inlined(
+        self, arrays: list[list[jax.Array]], layout: Any, factors: jax.Array, numbers: jax.Array | None
+    ) -> tuple[Callable[..., Any], ...]:
+        """What Pallas has no words for: finds a thread block's leaf, loads, tells places, stores."""
+        count, kinds, starts = len(arrays[0]), _kinds(arrays), self._starts(arrays)
+        width, columns = factors.shape[1], 0 if numbers is None else numbers.shape[1]
+        loaded, splat = self.loaded(len(arrays)), plgpu.Layout.WG_SPLAT
+        ragged = any(x.size % self.config.vector for x in arrays[0])
+        scalar = lambda dtype: plgpu.ShapeDtypeStruct((), dtype, layout=splat)
+        block = lambda dtype: plgpu.ShapeDtypeStruct((self.config.block,), dtype, layout=layout)
+        words = (splat,) * tiles.Leaf.words_of(len(arrays))
+
+        def here(words: Sequence[Any]) -> tiles.Block:
+            leaf = tiles.Leaf.of([*map(mlir.scalar, words)])
+            return tiles.Block(leaf, kinds, layout.to_mgpu(), ragged=ragged, zeros=self.sums > 0)
+
+        @plgpu.inline_mgpu(
+            arg_types=(splat, *[plgpu.RefType()] * (count * len(arrays) + (width > 0) + (columns > 0))),
+            return_type=(
+                (scalar(jnp.int32),) * len(words),
+                (scalar(jnp.float32),) * width,
+                (scalar(jnp.int32),) * columns,
+            ),
+        )
+        def find(_: Any, index: Any, *refs: Any) -> tuple[Any, ...]:
+            refs, tables = refs[: count * len(arrays)], refs[count * len(arrays) :]
+            leaf = tiles.select(index, [refs[i::count] for i in range(count)], starts, self.config.block)
+            row = [tiles.number(tables[0], leaf.number, k, width) for k in range(width)]
+            number = [tiles.number(tables[-1], leaf.number, k, columns) for k in range(columns)]
+            return tuple(tuple(map(tiles.scalar, x)) for x in (leaf.words(), row, number))
+
+        @plgpu.inline_mgpu(arg_types=(words,), return_type=tuple(block(kinds[a].seen) for a in loaded))
+        def load(_: Any, words: Any) -> tuple[Any, ...]:
+            return tuple(here(words).load(loaded))
+
+        @plgpu.inline_mgpu(arg_types=(words, (splat,) * columns), return_type=(block(jnp.int32),) * 2)
+        def key_and_place(_: Any, words: Any, number: Any) -> tuple[Any, ...]:
+            key, *cuts = map(mlir.scalar, number)
+            place = here(words).places(_triples(cuts), together=self.together)
+            return tiles.splat(key, layout.to_mgpu()), place
+
+        @plgpu.inline_mgpu(arg_types=(splat, words, (layout,) * self.writes), return_type=())
+        def store(_: Any, applied: Any, words: Any, new: Any) -> tuple[Any, ...]:
+            with tiles.where_positive(applied):
+                here(words).store(new)
+            return ()
+
+        return find, load, key_and_place, store
 
     def simulate(
         self, scalars: jax.Array, arrays: list[list[jax.Array]], factors: jax.Array, numbers: jax.Array | None
@@ -349,32 +340,6 @@ class _Launch:
         totals = jnp.array([[jnp.sum(x) for x in partials]], jnp.float32).reshape(1, self.sums)
         kinds = zip(refs[: self.writes], _kinds(arrays), strict=False)
         return [[jax.freeze(ref)[: size : kind.repeat].astype(kind.dtype)] for ref, kind in kinds], totals
-
-
-def _tools(layout: Any, block: int, *, fast: bool) -> formats.Tools:
-    """Of a kernel. Conversions are a sixteenth as fast as other instructions, and floors are not lowered."""
-    tile = lambda dtype: plgpu.ShapeDtypeStruct((block,), dtype, layout=layout)
-
-    def inline(run: Callable[..., Any], operands: int, *dtypes: Any) -> Callable[..., Any]:
-        results = tuple(map(tile, dtypes)) if len(dtypes) > 1 else tile(*dtypes)
-        wrap = plgpu.inline_mgpu(arg_types=(layout,) * operands, return_type=results)
-        return wrap(lambda _, *x: tuple(run(*x)) if len(dtypes) > 1 else run(*x))
-
-    f32 = jnp.float32
-    instruction = lambda text, operands=1: inline(functools.partial(tiles.by_instruction, text), operands, f32)
-    reciprocal = instruction("rcp.approx.ftz.f32 $0, $1")
-    return formats.Tools(
-        sqrt=instruction("sqrt.approx.ftz.f32 $0, $1") if fast else jnp.sqrt,
-        divide=(lambda a, b: a * reciprocal(b)) if fast else jnp.divide,
-        floor=inline(tiles.floor, 1, jnp.int32, f32),
-        at_most=lambda x, limit: instruction(f"min.f32 $0, $1, 0f{np.float32(limit).view(np.uint32):08X}")(x),
-        group_max=inline(lambda x: tiles.group_max(x, formats.GROUP), 1, f32),
-        unpack=inline(tiles.unpack, 2, f32),
-        pack=lambda x, dtype: inline(lambda x: tiles.pack(x, np.dtype(dtype)), 1, dtype)(x),
-        join=inline(tiles.join, 2, f32),
-        halves=inline(tiles.halves, 1, jnp.bfloat16, jnp.uint16),
-        once=lambda x: x,
-    )
 
 
 def _kinds(arrays: list[list[jax.Array]]) -> list[tiles.Kind]:

@@ -94,6 +94,16 @@ def when(condition: ir.Value | None, then: Callable[[], Any], otherwise: ir.Valu
     return branch.results[0]
 
 
+def branch(condition: ir.Value, then: Callable[[], Any], otherwise: Callable[[], Any] | None) -> None:
+    """Where the condition holds, what `then` builds runs, else what `otherwise` builds, if anything."""
+    made = scf.IfOp(condition, [], has_else=otherwise is not None)
+    sides = [(made.then_block, then), *([(made.else_block, otherwise)] if otherwise else [])]
+    for block, build in sides:
+        with ir.InsertionPoint(block):
+            build()
+            scf.yield_([])
+
+
 def thread() -> tuple[ir.Value, ir.Value]:
     """This thread's warp in its block, and lane in the warp, as indices."""
     here = to_index(mgpu.thread_idx())

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -16,9 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
 from jax.extend.mlir import ir
-from jax.extend.mlir.dialects import arith, math, memref, vector
+from jax.extend.mlir.dialects import arith, memref, vector
 
 from pallas_kernels import mlir
+from pallas_kernels.instructions import array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,10 +64,10 @@ class Leaf:
         halves = [(x, arith.shrui(x, mgpu.c(32, i64))) for x in long]
         return [self.number, *(arith.trunci(i32, x) for pair in halves for x in pair)]
 
-    def tiles(self, elements: int, most: int) -> ir.Value:
-        """How many tiles of so many elements there are from `first` on, up to `most`, int32."""
-        left = arith.subi(self.size, self.first)
-        return mlir.to_int32(arith.minui(arith.ceildivui(left, mlir.index(elements)), mlir.index(most)))
+    @staticmethod
+    def words_of(arrays: int) -> int:
+        """How many there are for a leaf of so many arrays."""
+        return 2 * (arrays + 2) + 1
 
     @classmethod
     def of(cls, words: Sequence[ir.Value]) -> Leaf:
@@ -80,20 +82,18 @@ class Leaf:
 
 
 @dataclasses.dataclass(frozen=True)
-class Tile:
-    """What a thread block takes at once of a leaf's arrays.
+class Block:
+    """What a thread block takes of its leaf's arrays.
 
     Attributes:
-      leaf: It is a tile of.
-      number: Of the tile in the thread block.
+      leaf: It is a block of.
       kinds: What the leaf's arrays hold.
-      layout: Of the tile over the threads.
+      layout: Of the block over the threads.
       ragged: Whether a leaf may end within a vector.
       zeros: Whether what lies beyond a leaf's end is zero where it is not ragged, or anything.
     """
 
     leaf: Leaf
-    number: ir.Value
     kinds: Sequence[Kind]
     layout: mgpu.WGStridedFragLayout
     ragged: bool
@@ -111,10 +111,10 @@ class Tile:
             vectors = [self._load_inside(which, types, at) for at in places]
             mlir.scf.yield_([x for column in zip(*vectors, strict=True) for x in column])
         loaded = iter(branch.results)
-        return [_array([self._widened(a, next(loaded)) for _ in places], self.layout, self.kinds[a].seen) for a in which]
+        return [array([self._widened(a, next(loaded)) for _ in places], self.layout, self.kinds[a].seen) for a in which]
 
     def _load_inside(self, which: Sequence[int], types: Sequence[ir.Type], at: ir.Value) -> list[ir.Value]:
-        """A vector of each array, where the tile is not whole."""
+        """A vector of each array, where the block is not whole."""
         branch = mlir.scf.IfOp(self._has(at), types, has_else=True)
         with ir.InsertionPoint(branch.then_block):
             mlir.scf.yield_([self._load_whole(a, at) for a in which])
@@ -159,15 +159,18 @@ class Tile:
             for a, x in enumerate(xs):
                 store(a, at, x)
 
-        def inside(at: ir.Value, xs: Sequence[ir.Value]) -> None:
-            part = (lambda: each(self._store_part, at, xs)) if self.ragged else (lambda: None)
-            _either(self._has(at), lambda: each(self._store_whole, at, xs), part)
+        def whole() -> None:
+            for at, *xs in vectors:
+                each(self._store_whole, at, xs)
 
-        _either(
-            self._is_whole(),
-            lambda: [each(self._store_whole, at, xs) for at, *xs in vectors],
-            lambda: [inside(at, xs) for at, *xs in vectors],
-        )
+        def inside() -> None:
+            for at, *xs in vectors:
+                whole, part = (
+                    functools.partial(each, store, at, xs) for store in (self._store_whole, self._store_part)
+                )
+                mlir.branch(self._has(at), whole, part if self.ragged else None)
+
+        mlir.branch(self._is_whole(), whole, inside)
 
     def _narrowed(self, a: int, x: ir.Value) -> ir.Value:
         """A vector in the dtype of memory; one number where neighbours share it."""
@@ -215,7 +218,7 @@ class Tile:
                 registers.append(arith.addi(spread(moved(first, lambda x: x)), steps))
             else:
                 registers.append(moved(arith.addi(spread(first), steps), spread))
-        return _array(registers, self.layout, np.dtype("int32"))
+        return array(registers, self.layout, np.dtype("int32"))
 
     def _element(self, a: int) -> Any:
         return mgpu.utils.dtype_to_ir_type(self.kinds[a].dtype)
@@ -233,20 +236,16 @@ class Tile:
         pointer = mlir.llvm.inttoptr(mlir.llvm.PointerType.get(address_space=mlir.GLOBAL), self.leaf.addresses[a])
         return mlir.at(pointer, offset)
 
-    def _offset(self) -> ir.Value:
-        """Where the tile begins, in elements of the leaf."""
-        return arith.addi(self.leaf.first, arith.muli(self.number, mlir.index(self.layout.shape[0])))
-
     def _places(self) -> list[ir.Value]:
-        """Where each of this thread's vectors begins, likewise."""
+        """Where each of this thread's vectors begins, in elements of the leaf."""
         thread = arith.remui(mlir.to_index(mgpu.thread_idx()), mlir.index(128))
-        first = arith.addi(self._offset(), arith.muli(thread, mlir.index(self.layout.vec_size)))
+        first = arith.addi(self.leaf.first, arith.muli(thread, mlir.index(self.layout.vec_size)))
         (vectors,) = self.layout.registers_shape(self.layout.shape)
         return [mlir.plus(first, k * 128 * self.layout.vec_size) for k in range(vectors)]
 
     def _is_whole(self) -> ir.Value:
-        """Whether the leaf has all elements of the tile."""
-        return mlir.less(mlir.plus(self._offset(), self.layout.shape[0] - 1), self.leaf.size)
+        """Whether the leaf has all elements of the block."""
+        return mlir.less(mlir.plus(self.leaf.first, self.layout.shape[0] - 1), self.leaf.size)
 
     def _has(self, at: ir.Value) -> ir.Value:
         """Whether it has all elements of a vector."""
@@ -299,7 +298,7 @@ def number(ref: ir.Value, row: ir.Value, column: int, width: int) -> ir.Value:
 
 
 def scalar(value: ir.Value) -> mgpu.FragmentedArray:
-    """A result of `inline_mgpu`."""
+    """A number as a result of `inline_mgpu`."""
     signed = None if isinstance(value.type, ir.FloatType) else True
     return mgpu.FragmentedArray.splat(value, (), is_signed=signed)
 
@@ -308,124 +307,7 @@ def splat(value: ir.Value, layout: Any) -> mgpu.FragmentedArray:
     """A block filled with an int32."""
     register = vector.broadcast(layout.registers_element_type(value.type), value)
     (vectors,) = layout.registers_shape(layout.shape)
-    return _array([register] * vectors, layout, np.dtype("int32"))
-
-
-def by_instruction(instruction: str, *operands: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
-    """An instruction of PTX on each element of float32 blocks; `instruction` names operands $1 and on, the result $0."""
-    constraints = ",".join(["=f", *["f"] * len(operands)])
-    registers = []
-    for vectors in zip(*(x.registers.flat for x in operands), strict=True):
-        kind = ir.VectorType(vectors[0].type)
-        elements: list[Any] = [[vector.extract(x, [], [j]) for x in vectors] for j in range(kind.shape[0])]
-        results = [mlir.llvm.inline_asm(kind.element_type, e, f"{instruction};", constraints) for e in elements]
-        registers.append(vector.from_elements(kind, results))
-    return _array(registers, operands[0].layout, np.dtype("float32"))
-
-
-def floor(x: mgpu.FragmentedArray) -> list[mgpu.FragmentedArray]:
-    """The integer below as int32 modulo 256 and as float32, by an addition, rounded down, that leaves no fraction."""
-    shifted = by_instruction("add.rm.f32 $0, $1, 0f4B400000", x)  # 1.5 * 2**23
-    i32 = ir.IntegerType.get_signless(32)
-    bits = [vector.bitcast(ir.VectorType.get(ir.VectorType(r.type).shape, i32), r) for r in shifted.registers.flat]
-    return [_array(bits, x.layout, np.dtype("int32")), shifted - 12582912.0]
-
-
-def unpack(x: mgpu.FragmentedArray, scale: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
-    """8-bit integers times powers of two, float32: each becomes the last byte of 2**23, which is subtracted again."""
-    words = ir.IntegerType.get_signless(32)
-    registers, shift = [], 2.0**23 + (128.0 if x.is_signed else 0.0)
-    for register in x.registers.flat:
-        (many,) = ir.VectorType(register.type).shape
-        packed = vector.bitcast(ir.VectorType.get((many // 4,), words), register)
-        elements = []
-        for k in range(many // 4):
-            word = vector.extract(packed, [], [k])
-            word = arith.xori(word, mlir.int32(-0x7F7F7F80)) if x.is_signed else word  # from 0 on
-            elements += [_bytes(word, mlir.int32(0x4B000000), 0x7440 + j) for j in range(4)]
-        bits = vector.from_elements(ir.VectorType.get((many,), words), elements)
-        registers.append(vector.bitcast(mlir.floats(many), bits))
-    return _array(registers, x.layout, np.dtype("float32")) * scale - scale * shift
-
-
-def pack(x: mgpu.FragmentedArray, dtype: np.dtype) -> mgpu.FragmentedArray:
-    """8-bit integers of int32 modulo 256."""
-    i8, i32 = (ir.IntegerType.get_signless(width) for width in (8, 32))
-    registers = []
-    for register in x.registers.flat:
-        (many,) = ir.VectorType(register.type).shape
-        e = [vector.extract(register, [], [k]) for k in range(many)]
-        pairs = [_bytes(e[k], e[k + 1], 0x0040) for k in range(0, many, 2)]
-        words = [_bytes(pairs[k], pairs[k + 1], 0x5410) for k in range(0, many // 2, 2)]
-        packed = vector.from_elements(ir.VectorType.get((many // 4,), i32), words)
-        registers.append(vector.bitcast(ir.VectorType.get((many,), i8), packed))
-    return _array(registers, x.layout, dtype)
-
-
-def join(high: mgpu.FragmentedArray, low: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
-    """float32 of its upper and its lower 16 bits."""
-    i32 = ir.IntegerType.get_signless(32)
-    registers = []
-    for upper, lower in zip(high.registers.flat, low.registers.flat, strict=True):
-        (many,) = ir.VectorType(upper.type).shape
-        pairs = [vector.bitcast(ir.VectorType.get((many // 2,), i32), x) for x in (lower, upper)]
-        words = [[vector.extract(x, [], [k]) for x in pairs] for k in range(many // 2)]
-        bits = [_bytes(a, b, which) for a, b in words for which in (0x5410, 0x7632)]
-        registers.append(vector.bitcast(mlir.floats(many), vector.from_elements(ir.VectorType.get((many,), i32), bits)))
-    return _array(registers, high.layout, np.dtype("float32"))
-
-
-def halves(x: mgpu.FragmentedArray) -> list[mgpu.FragmentedArray]:
-    """The upper 16 bits of float32, which are a bfloat16 number, and the lower."""
-    i16, i32 = (ir.IntegerType.get_signless(width) for width in (16, 32))
-    upper, lower = [], []
-    for register in x.registers.flat:
-        (many,) = ir.VectorType(register.type).shape
-        bits = vector.bitcast(ir.VectorType.get((many,), i32), register)
-        e = [vector.extract(bits, [], [k]) for k in range(many)]
-        for half, which, kind in ((upper, 0x7632, ir.BF16Type.get()), (lower, 0x5410, i16)):
-            words = [_bytes(e[k], e[k + 1], which) for k in range(0, many, 2)]
-            packed = vector.from_elements(ir.VectorType.get((many // 2,), i32), words)
-            half.append(vector.bitcast(ir.VectorType.get((many,), kind), packed))
-    return [_array(upper, x.layout, np.dtype(jnp.bfloat16)), _array(lower, x.layout, np.dtype("uint16"))]
-
-
-def _bytes(a: ir.Value, b: ir.Value, which: int) -> ir.Value:
-    """An int32 of four of the bytes of two: each digit of `which`, the last first, is that of one, 0 to 3 in a."""
-    i32 = ir.IntegerType.get_signless(32)
-    return mlir.llvm.inline_asm(i32, [a, b], f"prmt.b32 $0, $1, $2, {which:#06x};", "=r,r,r")
-
-
-def _array(registers: Sequence[ir.Value], layout: Any, dtype: np.dtype) -> mgpu.FragmentedArray:
-    """A block of a thread's vectors."""
-    array = np.empty(len(registers), dtype=object)
-    array[:] = registers
-    signed = None if jnp.issubdtype(dtype, jnp.floating) else jnp.issubdtype(dtype, jnp.signedinteger)
-    return mgpu.FragmentedArray(_registers=array, _layout=layout, _is_signed=signed)
-
-
-def group_max(x: mgpu.FragmentedArray, group: int) -> mgpu.FragmentedArray:
-    """The largest magnitude of each `group` neighbours of a float32 block, to each of them; they lie in one warp."""
-    registers = []
-    for register in x.registers.flat:
-        kind = ir.VectorType(register.type)
-        largest = vector.reduction(kind.element_type, vector.CombiningKind.MAXNUMF, math.absf(register))
-        largest = arith.maxnumf(largest, mgpu.c(0.0, kind.element_type))  # of nothing but NaN
-        lanes = group // kind.shape[0]
-        while lanes > 1:
-            lanes //= 2
-            largest = arith.maxnumf(largest, mgpu.utils.shfl_bfly(largest, lanes))
-        registers.append(vector.broadcast(kind, largest))
-    return _array(registers, x.layout, np.dtype("float32"))
-
-
-def _either(condition: ir.Value, then: Callable[[], Any], otherwise: Callable[[], Any]) -> None:
-    """What is built by one or by the other runs."""
-    branch = mlir.scf.IfOp(condition, [], has_else=True)
-    for block, build in ((branch.then_block, then), (branch.else_block, otherwise)):
-        with ir.InsertionPoint(block):
-            build()
-            mlir.scf.yield_([])
+    return array([register] * vectors, layout, np.dtype("int32"))
 
 
 def _zero(kind: ir.Type) -> ir.Value:
