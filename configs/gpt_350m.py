@@ -15,5 +15,6 @@ def get_config() -> ml_collections.ConfigDict:
         {"vocab": 50304, "context": 1024, "layers": 24, "heads": 16, "width": 1024, "dtype": "bfloat16", "unroll": 24}
     )
     c.zero.min_size = 2**14
-    c.optimizer.update({"learning_rate": 3e-4, "warmup_steps": 100})
+    c.optimizer.learning_rate = 3e-4
+    c.schedule.warmup_num_steps = 100
     return c

@@ -40,6 +40,7 @@ class GPTConfig:
 
 
 SIZES = {
+    "tiny": GPTConfig(vocab=512, context=64, layers=2, heads=2, width=64, dtype="bfloat16"),
     "125M": GPTConfig(vocab=50304, context=1024, layers=12, heads=12, width=768, dtype="bfloat16"),
     "350M": GPTConfig(vocab=50304, context=2048, layers=24, heads=16, width=1024, dtype="bfloat16"),
     "1.3B": GPTConfig(vocab=50304, context=1024, layers=24, heads=16, width=2048, dtype="bfloat16"),
@@ -95,6 +96,8 @@ class GPT(nn.Module):
 def _attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     """Causal attention, [B, T, H, K] -> [B, T, H, K]; the fused kernel of cuDNN where there is one."""
     fused = jax.default_backend() == "gpu" and q.dtype.itemsize == 2
+    if q.dtype == jnp.float16 and jax.default_backend() == "cpu":  # which sums no float16 products in float32
+        return _attention(*(x.astype(jnp.float32) for x in (q, k, v))).astype(q.dtype)
     return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn" if fused else None)
 
 

@@ -2,7 +2,7 @@
 
     python examples/train_gpt.py --config=configs/char_gpt.py --workdir=runs/char_gpt --config.zero.stage=3
 
-Writes into the workdir: metrics.jsonl (a line each `log_every` steps, the first one's times with compilation),
+Writes into the workdir: metrics.jsonl (a line each `logging.every` steps, the first one's times with compilation),
 TensorBoard events, loss.png, sample.txt, plan.txt.
 """
 
@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-import optax
 import tensorboardX
 import text
 from absl import app, flags
@@ -26,21 +25,20 @@ from ml_collections import config_flags
 from rich import progress
 
 import zerojax
-from zerojax import report
+from zerojax import config, report
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file under configs/.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for metrics, pictures and samples; made if missing.")
 flags.mark_flags_as_required(["config", "workdir"])
 
 
-def make_optimizer(c: ml_collections.ConfigDict, steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """AdamW behind a clip by global norm; matrices are decayed, not biases, norms and positions."""
-    schedule = optax.warmup_cosine_decay_schedule(0.0, c.learning_rate, min(c.warmup_steps, steps - 1), steps)
-    matrices = lambda params: jax.tree_util.tree_map_with_path(
-        lambda path, _: path[-1].key in ("kernel", "embedding"), params
-    )
-    adamw = optax.adamw(schedule, b1=c.b1, b2=c.b2, weight_decay=c.weight_decay, mask=matrices)
-    return optax.chain(optax.clip_by_global_norm(c.clip_norm), adamw), schedule
+def whole_config(c: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """The schema's part of the config, its schedule as long as the run."""
+    whole = config.check(c)
+    if c.schedule.name == "cosine":
+        whole.schedule.total_num_steps = c.schedule.total_num_steps or c.steps
+        whole.schedule.warmup_num_steps = min(c.schedule.warmup_num_steps or 0, c.steps - 1)
+    return whole
 
 
 def sample(model: gpt.GPT, params: Any, prompt: bytes, length: int, key: jax.Array) -> str:
@@ -69,15 +67,16 @@ def train(c: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, floa
     """Trains as the config says; returns the last line of metrics."""
     model = gpt.GPT(gpt.GPTConfig(**c.model))
     init, loss_fn = gpt.make_init(model), gpt.make_loss(model)
-    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    optimizer, schedule = make_optimizer(c.optimizer, c.steps)
+    whole = whole_config(c)
+    init, schedule = config.in_dtype(whole, init), config.make_schedule(whole)
 
     key = jax.random.key(c.seed)
-    plan = zerojax.make_plan(jax.eval_shape(init, key), mesh, **c.zero)
-    tx = zerojax.zero(optimizer, plan)
-    state = zerojax.create_train_state(init, tx, plan, key)
-    step = zerojax.make_train_step(loss_fn, tx, plan, accumulate=c.batch.accumulate, layerwise=gpt.LAYERWISE)
-    eval_step = zerojax.make_eval_step(loss_fn, plan, layerwise=gpt.LAYERWISE)
+    plan = zerojax.make_plan(jax.eval_shape(init, key), config.make_mesh(whole), **config.plan_options(whole))
+    tx = zerojax.zero(config.make_optimizer(whole, schedule), plan)
+    options = config.step_options(whole, plan.num_shards)
+    state = zerojax.create_train_state(init, tx, plan, key, loss_scale=options["loss_scale"])
+    step = zerojax.make_train_step(loss_fn, tx, plan, **options)
+    eval_step = zerojax.make_eval_step(loss_fn, plan, layerwise=c.zero.layerwise)
 
     workdir.mkdir(parents=True, exist_ok=True)
     (workdir / "plan.txt").write_text(plan.table(tx) + "\n")
@@ -95,7 +94,7 @@ def train(c: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, floa
         clock, since = time.perf_counter(), 0
         for i in range(1, c.steps + 1):
             state, metrics = step(state, batch(data.train, i))
-            if i % c.log_every and i not in (1, c.steps):
+            if i % c.logging.every and i not in (1, c.steps):
                 continue
             line = {
                 "step": i,

@@ -65,6 +65,7 @@ def adam_scalars(
     weight_decay: Any = 0.0,
     l2: Any = 0.0,
     nesterov: bool = False,
+    bias_correction: bool = True,
     scale: Any = 1.0,
     apply: Any = True,
 ) -> Scalars:
@@ -80,6 +81,7 @@ def adam_scalars(
       weight_decay: Decoupled weight decay, times the learning rate.
       l2: Weight decay of the other kind, added to the gradient.
       nesterov: Nesterov momentum (Dozat, 2016), as in Optax.
+      bias_correction: Whether moments are divided by 1 - b**t.
       scale: Multiplies the gradients before anything else.
       apply: bool scalar; False leaves everything as it is.
 
@@ -92,6 +94,8 @@ def adam_scalars(
     seed, count = jnp.asarray(count, jnp.int32), jnp.asarray(count, jnp.float32)
     # By 1 - b, which a Python float gives in more digits than float32 has of b. At b = 0 there is no bias.
     unbias = lambda b, t: jnp.where(b == 0, 1.0, -1 / jnp.expm1(t * jnp.log1p(jnp.float32(b - 1))))
+    if not bias_correction:
+        unbias = lambda b, t: jnp.float32(1)
     if nesterov:
         mu_factor, grad_factor = b1 * unbias(b1, count + 1), (1 - b1) * unbias(b1, count)
     else:
@@ -278,7 +282,8 @@ def adam_choice(
 ) -> dispatch.Choice:  # fmt: skip
     """Which implementation `adam` would run."""
     arrays = (params, grads, mu, nu)
-    return dispatch.choose("adam", implementation, arrays, unserved=unserved(arrays))
+    empty = all(0 in formats.shape_of(p) for p in params)
+    return dispatch.choose("adam", implementation, arrays, empty=empty, unserved=unserved(arrays))
 
 
 def unserved(arrays: Any) -> str | None:

@@ -30,7 +30,13 @@ class Choice:
 
 
 def choose(
-    op: str, implementation: str | None, arrays: Any, *, unserved: str | None = None, slower: str | None = None
+    op: str,
+    implementation: str | None,
+    arrays: Any,
+    *,
+    empty: bool = False,
+    unserved: str | None = None,
+    slower: str | None = None,
 ) -> Choice:
     """Picks an implementation.
 
@@ -38,19 +44,22 @@ def choose(
       op: Name of the op, for messages.
       implementation: What the caller asked for, or None.
       arrays: Pytree of the op's arrays, or of their `ShapeDtypeStruct`s.
+      empty: Whether there is nothing to compute; no kernel runs for that, whatever was asked for.
       unserved: Why the kernel cannot take these arrays; None where it can.
       slower: Why XLA is as fast for them, or faster; None where the kernel is ahead.
 
     Raises:
       ValueError: `implementation` is none of `IMPLEMENTATIONS`, or asks for a kernel that cannot run here.
     """
+    if implementation not in (None, *IMPLEMENTATIONS):
+        raise ValueError(f"{op}: implementation must be None or one of {IMPLEMENTATIONS}, got {implementation!r}.")
+    if empty:
+        return Choice("xla", "there is nothing to compute")
     if implementation is None:
         if why := unserved or unavailable() or slower:
             _say_once(op, why)
             return Choice("xla", why)
         return Choice("mosaic", f"the kernel serves these arrays on {device_kind()}")
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"{op}: implementation must be None or one of {IMPLEMENTATIONS}, got {implementation!r}.")
     if implementation == "xla":
         return Choice("xla", "it was asked for")
     # What is traced may be lowered for another platform than this process's own.

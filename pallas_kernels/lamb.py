@@ -188,7 +188,8 @@ def lamb_choice(
 ) -> dispatch.Choice:  # fmt: skip
     """Which implementation `lamb` would run."""
     arrays = (params, grads, mu, nu)
-    return dispatch.choose("lamb", implementation, arrays, unserved=unserved(arrays))
+    empty = all(0 in formats.shape_of(p) for p in params)
+    return dispatch.choose("lamb", implementation, arrays, empty=empty, unserved=unserved(arrays))
 
 
 def trust_ratio(trust: TrustRatio, param_square: jax.Array, step_square: jax.Array) -> jax.Array:

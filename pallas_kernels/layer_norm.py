@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import dispatch
-from pallas_kernels.layer_norm_rows import Statistics, backward_kernel, forward_kernel, unserved
+from pallas_kernels.layer_norm_rows import Statistics, backward_kernel, forward_kernel, slower, unserved
 from pallas_kernels.rows import varying_like
 
 Array = jax.Array
@@ -118,7 +118,14 @@ def layer_norm_choice(
     """
     _check(x, scale, bias, residual)
     arrays = [a for a in (x, scale, bias, residual) if a is not None]
-    choice = dispatch.choose("layer_norm", implementation, arrays, unserved=unserved("forward", x))
+    choice = dispatch.choose(
+        "layer_norm",
+        implementation,
+        arrays,
+        empty=0 in jnp.shape(x),
+        unserved=unserved("forward", x),
+        slower=slower(x),
+    )
     if choice.implementation != "xla" and (why := unserved("backward", x)):
         return dataclasses.replace(choice, why=f"{choice.why}; the backward pass is XLA's: {why}")
     return choice

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from jax.experimental.mosaic import gpu as mgpu
@@ -182,3 +182,23 @@ def store_where(condition: ir.Value | None, value: ir.Value, pointer: ir.Value) 
 def product(a: ir.Value, b: ir.Value) -> ir.Value:
     """a * b of float32, rounded: it is never fused with a sum."""
     return llvm.inline_asm(a.type, [a, b], "mul.rn.f32 $0, $1, $2;", "=f,f,f")
+
+
+def rolled(
+    turns: ir.Value, turn: Callable[..., Sequence[ir.Value]], carry: Sequence[ir.Value] = ()
+) -> Sequence[ir.Value]:
+    """A loop of turn(i, *carry) -> carry that no compiler unrolls, so that it takes few registers.
+
+    LLVM leaves alone what it cannot count, ptxas what is marked.
+    """
+    kinds = [turns.type, *[x.type for x in carry]]
+    loop = scf.WhileOp(kinds, [mgpu.c(0, turns.type), *carry])
+    before, after = (region.blocks.append(*kinds) for region in (loop.before, loop.after))
+    with ir.InsertionPoint(before):
+        llvm.inline_asm(None, [], '.pragma "nounroll";', "", has_side_effects=True)
+        scf.condition(less(before.arguments[0], turns), list(before.arguments))
+    with ir.InsertionPoint(after):
+        i, *inner = after.arguments
+        new = turn(i, *inner)
+        scf.yield_([llvm.inline_asm(i.type, [i], "add.s32 $0, $1, 1;", "=r,r"), *new])
+    return list(loop.results)[1:]

@@ -136,6 +136,11 @@ class Grid:
         processors = PROCESSORS if self.config.cluster <= 2 else PROCESSORS // 16 * 16
         return min(self.tiles, max(1, self.config.blocks * processors // self.config.cluster))
 
+    def tile(self, block: Array, i: Array, *, last_first: bool) -> Array:
+        """The i-th tile of a block; of those that are not there the number is not below `tiles`."""
+        number = block + i * self.blocks
+        return jnp.where(number < self.tiles, self.tiles - 1 - number, number) if last_first else number
+
     @property
     def whole(self) -> bool:
         """Whether rows fill their warps."""
@@ -199,8 +204,8 @@ class SimulatedWalk:
     One team of one warpgroup takes all.
     """
 
-    def __init__(self, grid: Grid, sources: Sequence[Any]):
-        self.grid, self.sources = grid, sources
+    def __init__(self, grid: Grid, last_first: bool, sources: Sequence[Any]):
+        self.grid, self.last_first, self.sources = grid, last_first, sources
         self.block = lax.axis_index("block")
 
     def over_tiles(self, tile: Callable[[Array, Any], Any], carry: Any) -> Any:
@@ -209,7 +214,7 @@ class SimulatedWalk:
 
     def _rows(self, i: Array, turn: int) -> Any:
         grid = self.grid
-        tile = jnp.minimum(self.block + i * grid.blocks, grid.tiles - 1)
+        tile = jnp.minimum(grid.tile(self.block, i, last_first=self.last_first), grid.tiles - 1)
         return pl.ds(tile * grid.tile_rows + turn * grid.turn_rows, grid.turn_rows)
 
     def spread(self, values: Array) -> Array:

@@ -103,15 +103,12 @@ def softmax_choice(
         unserved = f"the kernel serves biases of {', '.join(SERVED)}, this is {bias.dtype.name}"
     elif scale == 0:
         unserved = "the kernel divides by no scale of 0"
-    elif x.size == 0:
-        unserved = "there is nothing to compute"
     elif x.shape[-1] > LONGEST:
         unserved = f"the kernel serves rows of {LONGEST} elements at most, these have {x.shape[-1]}"
     elif x.shape[-1] < 128:
         slower = "rows of fewer than 128 elements leave most of a warp idle"
-    return dispatch.choose(
-        "softmax", implementation, [a for a in (x, where, bias) if a is not None], unserved=unserved, slower=slower
-    )
+    arrays = [a for a in (x, where, bias) if a is not None]
+    return dispatch.choose("softmax", implementation, arrays, empty=x.size == 0, unserved=unserved, slower=slower)
 
 
 def _check(x: Any, scale: float, where: Any, bias: Any, causal: bool) -> None:

@@ -21,7 +21,7 @@ import numpy as np
 from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import arith
 
-from pallas_kernels import dispatch, mlir
+from pallas_kernels import dispatch, meetings, mlir
 from pallas_kernels.dispatch import plgpu
 from pallas_kernels.mlir import LANES, WARPS
 from pallas_kernels.softmax_threads import Mask, Row, Spread
@@ -63,11 +63,7 @@ _TUNED: dict[str, dict[tuple[int, int, bool, bool], Config]] = {
         (1024, 2, False, False): Config(warps=1, rows=2),  # 0.98
         (16384, 4, False, False): _shared(2, 1, staged=False),  # 0.98
         (16384, 4, True, False): _shared(2, 1, staged=False),  # 1.03
-        (32768, 2, True, False): _shared(2, 2),  # 1.02
         (32768, 4, True, False): _shared(2, 4),  # 1.02
-        (65536, 2, True, False): _shared(2, 4),  # 1.01
-        (131072, 2, True, False): _shared(2, 8),  # 1.00
-        (262144, 4, True, False): _shared(2, 16),  # 0.90
         (4096, 4, True, True): _shared(2, 1, staged=False),  # 0.96
     }
 }
@@ -98,9 +94,10 @@ def config_for(columns: int, itemsize: int, *, backward: bool, causal: bool = Fa
     ragged = columns * itemsize % 16 != 0  # takes more registers, so from 4096 elements on it is held elsewhere
     if columns <= each * LANES * WARPS and not (ragged and not backward and columns > 4096):
         return Config()
-    # Forward two blocks are to fit a processor; backward one of them keeps enough bytes on their way.
-    room = (208 if backward else 112) * 1024
-    cluster = min(16, _power_of_two(columns * itemsize * arrays / room))
+    # Of a row longer than 32 KB many small blocks take 16 KB each, or 32 KB: the more of them fit a processor, the
+    # less it waits where one of them does.
+    share = (32 if ragged and not backward else 16) * 1024
+    cluster = min(16, _power_of_two(columns * itemsize / share)) if columns * itemsize > 32 * 1024 else 1
     warpgroups = min(4, _power_of_two(columns / (cluster * each * LANES * WARPS)))
     return _shared(warpgroups, cluster, staged=columns * itemsize * arrays <= cluster * 208 * 1024)
 
@@ -265,7 +262,8 @@ def _launch(
             cluster=config.cluster,
             queries=queries,
         )
-        kinds["scratch_types"] = [plgpu.SMEM((2 * config.warps,), jnp.float32)] if shared else []
+        barriers = meetings.BARRIER_BYTES // 4 if config.cluster > 1 else 0
+        kinds["scratch_types"] = [plgpu.SMEM((2 * config.warps + barriers,), jnp.float32)] if shared else []
         if config.staged:
             held = len(arrays) * spread.pieces * LANES * WARPS * config.warpgroups * spread.vector
             kinds["scratch_types"].append(plgpu.SMEM((held,), dtype))
@@ -293,6 +291,9 @@ def _launch(
             ]
             keep = None if where is None else of_masks.pop()
             first = mlir.to_index(block)
+            if config.cluster > 1:
+                assert slots is not None
+                meetings.prepare(mlir.at(mlir.address(slots, mlir.SHARED), 2 * config.warps * 4))
             if not shared:
                 warp, _ = mlir.thread()
                 first = arith.addi(mlir.times(first, taken), warp)

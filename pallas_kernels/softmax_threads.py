@@ -22,12 +22,11 @@ from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import arith, memref, vector
 from jaxlib.mlir.dialects import gpu, nvvm
 
-from pallas_kernels import mlir
+from pallas_kernels import meetings, mlir
 from pallas_kernels.mlir import LANES, WARPS
 
 Number = mgpu.FragmentedArray  # one a thread, or a vector
 Held = Callable[["Row", int], ir.Value]  # a vector, by its row and piece, from where it is held
-_UNROLL = 2  # pieces of a turn of a loop
 _FOLDS: dict[str, tuple[Callable[[Number, Number], Number], float]] = {
     "add": (operator.add, 0.0),
     "max": (Number.max, -math.inf),
@@ -149,16 +148,14 @@ class Row:
                 total = step(self, piece, total)
             return total
         end = self.room if masked else self.kept
-        ahead = mlir.plus(end, _UNROLL * self.spread.step - 1)
-        trips = arith.divsi(arith.maxsi(ahead, mlir.int32(0)), mlir.int32(_UNROLL * self.spread.step))
-        loop = mlir.scf.ForOp(mlir.int32(0), trips, mlir.int32(1), [] if total is None else [total])
-        with ir.InsertionPoint(loop.body):
-            row = self._moved(mlir.times(loop.induction_variable, _UNROLL))
-            inner = None if total is None else loop.inner_iter_args[0]
-            for piece in range(_UNROLL):
-                inner = step(row, piece, inner)
-            mlir.scf.yield_([] if total is None else [inner])
-        return None if total is None else loop.results[0]
+        ahead = arith.maxsi(mlir.plus(end, self.spread.step - 1), mlir.int32(0))
+
+        def turn(i: ir.Value, *inner: ir.Value) -> list[ir.Value]:
+            new = step(self._moved(i), 0, *(inner or (None,)))
+            return [] if new is None else [new]
+
+        results = mlir.rolled(arith.divsi(ahead, mlir.int32(self.spread.step)), turn, [] if total is None else [total])
+        return results[0] if results else None
 
     def load(self, sources: Sequence[ir.Value | Mask], fills: Sequence[float]) -> list[Held]:
         """Our vectors of each array; what is not of the row, or not kept, is the array's fill, and may not be read."""
@@ -284,18 +281,16 @@ class Row:
         assert self.slots is not None
         lane = arith.remui(mlir.to_index(mgpu.thread_idx()), mlir.index(LANES))
 
-        def tell() -> None:
-            slots = self.slots
-            if spread.cluster > 1:
-                slots = mgpu.get_cluster_ref(slots, gpu.Dimension.x, lane)
-            for k, number in enumerate(numbers):
-                memref.store(number.registers.item(), slots, [mlir.plus(self.part, k * spread.parts)])
-
-        mlir.when(mlir.less(lane, spread.cluster), tell)  # a lane for each block that is to hear it
+        places = [mlir.plus(self.part, k * spread.parts) for k in range(len(numbers))]
         if spread.cluster > 1:
-            nvvm.cluster_arrive(aligned=True)
-            nvvm.cluster_wait(aligned=True)
+            self._tell_blocks(numbers, places, lane)
         else:
+
+            def tell() -> None:
+                for number, place in zip(numbers, places, strict=True):
+                    memref.store(number.registers.item(), self.slots, [place])
+
+            mlir.when(mlir.equal(lane, 0), tell)
             gpu.barrier()
         first = arith.remui(lane, mlir.index(min(spread.parts, LANES)))
         return [
@@ -305,6 +300,21 @@ class Row:
             ]
             for k in range(len(numbers))
         ]
+
+    def _tell_blocks(self, numbers: Sequence[Number], places: Sequence[ir.Value], lane: ir.Value) -> None:
+        """A lane for each block that is to hear it."""
+        assert self.slots is not None
+        slots = mlir.address(self.slots, mlir.SHARED)
+        size = ir.MemRefType(self.slots.type).shape[0] * 4 - meetings.BARRIER_BYTES
+        meeting = meetings.Meeting(mlir.at(slots, size), mlir.index(0))
+
+        def tell() -> None:
+            for number, place in zip(numbers, places, strict=True):
+                meeting.tell(number.registers.item(), mlir.at(slots, mlir.times(place, 4)), lane)
+
+        meeting.expect(size // 2 * len(numbers))
+        mlir.when(mlir.less(lane, self.spread.cluster), tell)
+        meeting.wait()
 
     def over_warps(self, how: str, heard: Sequence[Number]) -> Number:
         """Of the numbers of all warps that `meet` has told."""
@@ -410,7 +420,7 @@ class Row:
         """Whether some thread may have less than a vector of a piece."""
         spread = self.spread
         if self.moved:  # by we do not know how much
-            return spread.columns % (_UNROLL * spread.step) != 0
+            return spread.columns % spread.step != 0
         return (piece + 1) * spread.step > spread.columns
 
     def _kept(self, piece: int) -> ir.Value | None:

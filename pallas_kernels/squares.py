@@ -57,7 +57,8 @@ def squares_reference(xs: Sequence[jax.Array]) -> jax.Array:
 
 def squares_choice(xs: Sequence[Any], *, implementation: str | None = None) -> dispatch.Choice:
     """Which implementation `squares` would run."""
-    return dispatch.choose("squares", implementation, xs, unserved=unserved(xs))
+    empty = all(x.size == 0 for x in xs)
+    return dispatch.choose("squares", implementation, xs, empty=empty, unserved=unserved(xs))
 
 
 def _square(_: leaves.Here, x: jax.Array) -> list[jax.Array]:

@@ -18,7 +18,7 @@ from jax.extend.mlir.dialects import arith, vector
 from jaxlib.mlir.dialects import gpu
 from jaxlib.mlir.dialects import nvvm as _nvvm
 
-from pallas_kernels import dispatch, mlir
+from pallas_kernels import dispatch, meetings, mlir
 from pallas_kernels.dispatch import plgpu
 from pallas_kernels.mlir import LANES, WARPS
 from pallas_kernels.rows import FLOAT_BYTES, Config, Grid, SimulatedWalk, varying_like
@@ -46,8 +46,9 @@ class Walk:
     along rows: float32[values * grid.slots].
     """
 
-    def __init__(self, grid: Grid, sources: Sequence[Any], ring: Any, slots: Any):
-        self.grid, self.sources, self.ring, self.slots = grid, sources, ring, slots
+    def __init__(self, grid: Grid, last_first: bool, sources: Sequence[Any], ring: Any, slots: Any):
+        self.grid, self.last_first = grid, last_first
+        self.sources, self.ring, self.slots = sources, ring, slots
         config = grid.config
         self.block = lax.axis_index("block")
         warpgroup = lax.axis_index("warpgroup") if config.warpgroups > 1 else jnp.int32(0)
@@ -55,6 +56,7 @@ class Walk:
         self.first = (warpgroup % grid.group) * WARPS  # part of this warpgroup's first warp
         if config.cluster > 1:
             self.first += lax.axis_index("cluster") * (grid.group * WARPS)
+            self._open()
 
     def over_tiles(self, tile: Callable[[Array, Any], Any], carry: Any) -> Any:
         """Calls tile(i, carry) -> carry for every tile of this block."""
@@ -71,10 +73,18 @@ class Walk:
             return step(jnp.int32(0), carry)
         return lax.fori_loop(0, (grid.tiles - self.block + grid.blocks - 1) // grid.blocks, step, carry)
 
+    def _open(self) -> None:
+        @plgpu.inline_mgpu(arg_types=(_REF,))
+        def run(_: Any, slots: ir.Value) -> None:
+            meetings.prepare(mlir.at(mlir.address(slots, mlir.SHARED), _barriers(slots)))
+
+        run(self.slots)
+
     def row(self, i: Array, turn: int) -> Array:
         """The first row that this team has of the i-th tile in a turn."""
         grid = self.grid
-        return (self.block + i * grid.blocks) * grid.tile_rows + self.team * grid.team_rows + turn * grid.turn_rows
+        tile = grid.tile(self.block, i, last_first=self.last_first)
+        return tile * grid.tile_rows + self.team * grid.team_rows + turn * grid.turn_rows
 
     def spread(self, values: Array) -> Array:
         """A number a row, over its columns."""
@@ -307,8 +317,8 @@ class Walk:
         grid = self.grid
         slots = len(values) * grid.warps * FLOAT_BYTES
 
-        def run(ref: ir.Value, turn: ir.Value, team: ir.Value, place: _Place, values: Sequence[Any]) -> list[Any]:
-            base = mlir.times(arith.addi(mlir.times(turn, grid.teams), team), slots)
+        def run(ref: ir.Value, i: ir.Value, team: ir.Value, place: _Place, values: Sequence[Any]) -> list[Any]:
+            base = mlir.times(arith.addi(mlir.times(_odd(i), grid.teams), team), slots)
             begin = mlir.at(mlir.address(ref, mlir.SHARED), base)
             warp = arith.remui(place.part, mlir.index(grid.warps))
             for k, value in enumerate(values):  # all lanes the same number; the memory takes it once
@@ -330,22 +340,22 @@ class Walk:
         slots = len(values) * cluster * FLOAT_BYTES
         after = 2 * grid.teams * len(values) * grid.warps * FLOAT_BYTES
 
-        def run(ref: ir.Value, turn: ir.Value, _: ir.Value, place: _Place, values: Sequence[Any]) -> list[Any]:
-            base = mlir.plus(mlir.times(turn, slots), after)
+        def run(ref: ir.Value, i: ir.Value, _: ir.Value, place: _Place, values: Sequence[Any]) -> list[Any]:
+            shared = mlir.address(ref, mlir.SHARED)
+            begin = mlir.at(shared, mlir.plus(mlir.times(_odd(i), slots), after))
+            meeting = meetings.Meeting(mlir.at(shared, _barriers(ref)), i)
             block = arith.divui(place.part, mlir.index(grid.warps))
-            mine = arith.addi(base, mlir.times(block, FLOAT_BYTES))
+            warp, lane = mlir.thread()
 
-            def tell() -> None:
-                for other in range(cluster):
-                    there = mgpu.get_cluster_ref(ref, gpu.Dimension.x, mlir.index(other))
-                    begin = mlir.at(mlir.address(there, mlir.ANY), mine)
-                    for k, value in enumerate(values):
-                        mlir.store(value.registers.item(), mlir.at(begin, k * cluster * FLOAT_BYTES))
+            def tell() -> None:  # a lane for each block that is to hear it
+                for k, value in enumerate(values):
+                    here = mlir.at(begin, mlir.times(mlir.plus(block, k * cluster), FLOAT_BYTES))
+                    meeting.tell(vector.extract(value.registers.item(), [], [0]), here, lane)
 
-            mlir.when(mlir.equal(mlir.thread()[0], 0), tell)
-            nvvm.cluster_arrive(aligned=True)
-            nvvm.cluster_wait(aligned=True)
-            return self._heard(mlir.at(mlir.address(ref, mlir.SHARED), base), len(values) * cluster)
+            meeting.expect(slots)
+            mlir.when(mlir.every(mlir.equal(warp, 0), mlir.less(lane, cluster)), tell)
+            meeting.wait()
+            return self._heard(begin, len(values) * cluster)
 
         return self._exchange(run, cluster, i, values)
 
@@ -359,8 +369,7 @@ class Walk:
         )
         def inline(_: Any, slots: ir.Value, *args: Any) -> tuple[Any, ...]:
             *values, first, team, i = args
-            turn = arith.andi(mlir.to_index(i), mlir.index(1))  # who is late may still read the other places
-            return tuple(run(slots, turn, mlir.to_index(team), _place(grid, None, first), values))
+            return tuple(run(slots, mlir.to_index(i), mlir.to_index(team), _place(grid, None, first), values))
 
         heard = inline(self.slots, *values, self.first, self.team, i)
         return [list(heard[k * parts : (k + 1) * parts]) for k in range(len(values))]
@@ -423,6 +432,16 @@ class Walk:
             mlir.when(there, functools.partial(mlir.store, register, here))
 
 
+def _odd(i: ir.Value) -> ir.Value:
+    """1 of odd tiles, whose numbers have their own places: who is late may still read the other ones."""
+    return arith.andi(i, mlir.index(1))
+
+
+def _barriers(slots: ir.Value) -> int:
+    """Where, of the slots' memory, the barriers of a cluster's meetings lie: at its end."""
+    return ir.MemRefType(slots.type).shape[0] * FLOAT_BYTES - meetings.BARRIER_BYTES
+
+
 def _place(grid: Grid, row: Any, first: Any, turn: int = 0) -> _Place:
     warp, lane = mlir.thread()
     warp = arith.remui(warp, mlir.index(WARPS))
@@ -471,6 +490,7 @@ def launch(
     numbers_out: int,
     sums_out: int,
     values: int,
+    last_first: bool = False,
     implementation: str,
 ) -> list[Array]:
     """Walks over rows, by the body of a kernel.
@@ -486,6 +506,7 @@ def launch(
       numbers_out: how many then are float32[rows],
       sums_out: and how many float32[blocks, n], each block's sums over its rows.
       values: At most how many numbers of a row the body exchanges at once.
+      last_first: Whether blocks walk from the last row to the first.
       implementation: "mosaic" or "interpret".
     """
     simulated = implementation == "interpret"
@@ -506,13 +527,17 @@ def launch(
     def kernel(*refs: Any) -> None:
         split = [len(sources), len(numbers), len(weights), len(rows_out) + numbers_out + sums_out]
         source_refs, number_refs, weight_refs, outs, scratch = _split(refs, *split)
-        walk = SimulatedWalk(grid, source_refs) if simulated else Walk(grid, source_refs, *scratch)
+        walk = (
+            SimulatedWalk(grid, last_first, source_refs) if simulated else Walk(grid, last_first, source_refs, *scratch)
+        )
         body(walk, number_refs, weight_refs, outs)
 
     kinds: dict[str, Any] = {}
     if not simulated:
         ring_bytes = max(16, grid.ring_bytes(len(sources)), grid.sums_bytes * sums_out)
         slots = values * config.turns * grid.slots
+        if config.cluster > 1:
+            slots += meetings.BARRIER_BYTES // FLOAT_BYTES
         kinds["scratch_types"] = [plgpu.SMEM((ring_bytes,), jnp.int8), plgpu.SMEM((slots,), jnp.float32)]
         if config.cluster > 1:
             kinds |= {"cluster": (config.cluster,), "cluster_names": ("cluster",)}

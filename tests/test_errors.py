@@ -128,6 +128,8 @@ def test_losses_that_are_none(loss_fn, has_aux, parts):
         ({"accumulate": "2"}, ["accumulate", "'2'"]),
         ({"reduce": "max"}, ["reduce", "('mean', 'sum')", "'max'"]),
         ({"reduce": None}, ["reduce", "None"]),
+        ({"grad_dtype": "float23"}, ["grad_dtype", "bfloat16", "'float23'"]),
+        ({"grad_dtype": "int8"}, ["grad_dtype", "floating", "'int8'"]),
         ({"layerwise": "kernel"}, ["layerwise='kernel'", "names no leaf", "b, w"]),
         ({"layerwise": lambda name: name == "W"}, ["layerwise", "names no leaf", "b, w"]),
     ],

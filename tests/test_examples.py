@@ -55,6 +55,14 @@ def test_unknown_config_key_is_refused(tmp_path):
     assert done.returncode != 0 and "stge" in done.stderr
 
 
+@pytest.mark.parametrize("name", ["bert_lamb", "nnx_bytes", "own_loop"])
+def test_example_trains_two_steps(name):
+    out = run(f"examples/{name}.py", "--steps=2", "--cpu-devices=4")
+    assert "step 2: loss" in out
+    loss = float(out.split("step 2: loss ")[1].split()[0].rstrip(","))
+    assert 4 < loss < 8  # a new model guesses among 256 bytes: their logarithm is 5.5
+
+
 def test_demo(tmp_path):
     out = run("examples/demo.py", "--steps=3", "--devices=4", f"--out={tmp_path}")
     assert "Measured" in out and "Planned" in out

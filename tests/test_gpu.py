@@ -70,7 +70,7 @@ class Case:
 
 
 class Rows(Case):
-    """A case of a kernel of rows: one program, which gives a pass over all rows and one over the last alone."""
+    """A case of a kernel of rows: one program, which gives a pass over all rows and one over one of them alone."""
 
     def compile(self):
         inputs = self.inputs(np.random.default_rng(0))
@@ -132,10 +132,19 @@ class Softmax(Rows):
             y, vjp = jax.vjp(one, x, bias)
             return y, vjp(dy)
 
-        if self.masks:
+        if not self.alone:
             return both(*inputs), None
-        alone, (dx, _) = both(*(x[..., -1:, :] for x in inputs[:2]), None, None)
+        alone, (dx, _) = both(*(x[..., self.alone, :] for x in inputs[:2]), None, None)
         return both(*inputs), (alone, dx)
+
+    @property
+    def alone(self):
+        """The row that is computed alone too: the last, or one that begins a vector of 16 bytes as an array does."""
+        ragged = self.shape[-1] % 8 != 0
+        if self.masks or (ragged and self.causal):
+            return None
+        row = (self.shape[-2] - 1) // 8 * 8 if ragged else self.shape[-2] - 1
+        return slice(row, row + 1)
 
 
 LENGTHS = (7, 129, 512, 1000, 4097, 16384, 50257, 65536, 131072, 262144, 524288)
@@ -205,8 +214,8 @@ def test_softmax(ready, case):
         # Its terms cancel: what float32 loses is a part of their sizes' sum.
         error = np.abs(dbias - dz.sum(summed).reshape(bias.shape))
         assert np.all(error <= BACKWARD * np.abs(dz).sum(summed).reshape(bias.shape) + 1e-9)
-    else:
-        assert_same_bits(alone, (y[..., -1:, :], dx[..., -1:, :]))
+    elif case.alone:
+        assert_same_bits(alone, (y[..., case.alone, :], dx[..., case.alone, :]))
     assert_same_bits(call(program, inputs), got)
 
 

@@ -273,10 +273,13 @@ def test_shards_round_as_the_whole_does(name, stage):
     sharded = zerojax.zero(tx, plan)
     state = sharded.init(params)
     got, state = jax.jit(functools.partial(zerojax.apply, sharded))(grads, state, jax.device_put(params, plan.params))
-    # A clip's or trust ratio's norm is summed in another order, so that a moment may meet its threshold in rare cases.
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-7), got, want)
-    for new, old in zip(jax.tree.leaves(state), jax.tree.leaves(want_state), strict=True):
-        assert np.sum(np.asarray(new) != np.asarray(old)) <= 0.01 * new.size
+    # A clip's or trust ratio's norm is summed in another order, and may differ in its last bit. Then a moment meets its
+    # threshold once in 2**16 times: 0.1 are to be expected of these 4,000 elements of two moments.
+    differ = [
+        np.sum(np.asarray(a) != np.asarray(b)) for a, b in zip(*map(jax.tree.leaves, (state, want_state)), strict=True)
+    ]
+    assert sum(differ) <= 2
     shardings = jax.tree.map(lambda x: x.sharding, state)
     assert all(
         a.is_equivalent_to(b, x.ndim)
@@ -303,3 +306,15 @@ def test_bad_input_is_refused_by_name():
     with pytest.raises(ValueError, match="implementation must be None or one of"):
         tx = zerojax.fused_adam(1e-3, implementation="triton")
         zerojax.apply(tx, params_of(), tx.init(params_of()), params_of())
+
+
+def test_a_chain_of_one_is_a_chain():
+    params = {"w": jnp.ones((4, 3))}
+    grads = {"w": jnp.full((4, 3), 0.5)}
+    ours, theirs = zerojax.chain(zerojax.fused_adam(0.1)), optax.chain(optax.adam(0.1))
+    updates, _ = theirs.update(grads, theirs.init(params), params)
+    got, state = zerojax.apply(ours, grads, ours.init(params), params)
+    np.testing.assert_allclose(got["w"], params["w"] + updates["w"], rtol=1e-6)
+    assert int(state[0].count) == 1
+    with pytest.raises(ValueError, match="at least one transformation"):
+        zerojax.chain()

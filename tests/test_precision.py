@@ -1,6 +1,8 @@
 """Loss scaling: DeepSpeed's rule step by step, and a training step that an overflow leaves as if it had never been."""
 
 import functools
+import re
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ import optax
 import pytest
 
 import zerojax
+from zerojax import step as step_module
 
 # The rule.
 
@@ -129,7 +132,7 @@ def test_scales_that_are_none(rule, options, parts):
 
 # In a training step.
 
-DEVICES, ACCUMULATE, ROWS = 4, 2, 32
+DEVICES, ACCUMULATE, ROWS = 4, 4, 32
 STAGES = [0, 1, 2, 3]
 
 # A power of two changes no digit of a gradient, but the programs with and without it are compiled apart, and fuse other
@@ -252,6 +255,37 @@ def test_an_overflow_leaves_params_and_optimizer_bitwise_untouched(stage, row):
     assert (history[-1]["skipped"], history[-1]["finite"]) == (3, True)
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_overflow_in_any_micro_batch_of_any_device_skips_the_whole_step(stage):
+    create, step = overflow_trainer(stage)
+    batch, state = line_batches()[0], create()
+    state, _ = run(state, step, [batch])
+    before = on_host(state)
+    rows = range(0, ROWS, ROWS // (DEVICES * ACCUMULATE))  # the first of each device's each micro-batch
+    for skipped, row in enumerate(rows, 1):
+        state, (metrics,) = run(state, step, [with_inf(batch, row)])
+        assert (metrics["finite"], metrics["skipped"]) == (False, skipped), row
+    assert_bitwise((state.params, state.opt_state), (before.params, before.opt_state))
+
+
+def test_the_host_waits_for_no_number(monkeypatch):
+    """Neither on a finite step nor on one that is skipped: the next is dispatched before the device is done."""
+    create, step = overflow_trainer(2)
+    good, bad = (jax.device_put(b) for b in (line_batches()[0], with_inf(line_batches()[0], 3)))
+    state, _ = step(create(), good)
+
+    def read(_):
+        raise AssertionError("a number was read on the host")
+
+    with monkeypatch.context() as patched, jax.transfer_guard("disallow"):
+        patched.setattr(type(state.step), "_value", property(read))
+        with pytest.raises(AssertionError, match="read on the host"):
+            bool(state.step)  # so this is how one would be noticed
+        for batch in (good, bad, bad):
+            state, metrics = step(state, batch)
+    assert (metrics["skipped"], metrics["finite"], state.step) == (2, False, 4)
+
+
 def last_elements(params, batch):
     """Of each leaf the last element has a gradient, the mean over rows of its own column of the batch."""
     return sum(jnp.mean(batch[name]) * jnp.ravel(x)[-1] for name, x in params.items())
@@ -360,3 +394,55 @@ def test_gradients_below_float16_survive(stage, dtype):
         grads[scale] = run(create(), step, [batch])[0].opt_state["w"]
     np.testing.assert_array_equal(grads[1.0], 0)
     np.testing.assert_allclose(grads[2.0**20], 1e-9, rtol=2**-10)  # one rounding of float16
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("grad_dtype", [None, "float32", "bfloat16"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_gradients_of_16_bit_params_travel_in_grad_dtype(stage, grad_dtype, accumulate):
+    """Each device's gradients are bfloat16 numbers, so that only sums over devices and micro-batches round."""
+    dot = lambda params, x: jnp.sum(params["w"].astype(jnp.float32) * x.mean(0))
+    params = {"w": jnp.ones((8, 16), "bfloat16")}
+    options = {"loss_fn": dot, "params": params, "make_tx": summed, "accumulate": accumulate}
+    create, step = trainer(stage, grad_dtype=grad_dtype, **options)
+    batch = np.random.default_rng(5).standard_normal((DEVICES * accumulate, 8, 16)).astype("bfloat16")
+    lowered = step.lower(create(), batch).as_text()
+    name = "all_reduce" if stage == 0 else "reduce_scatter"
+    travels = re.findall(rf'"stablehlo.{name}".*?\}}\) : \(tensor<8x16x(\w+)>', lowered, re.DOTALL)
+    assert set(travels) == {"f32" if grad_dtype == "float32" else "bf16"}, lowered
+    state, _ = run(create(), step, [batch])
+    got, want = np.asarray(state.opt_state["w"]), batch.astype(np.float64).mean(0)
+    largest = np.abs(batch.astype(np.float64)).mean(0)  # what the rounding of a sum is a part of
+    if grad_dtype == "float32":
+        assert np.all(np.abs(got - want) <= 2.0**-22 * largest)
+    else:  # of each device's sum, then two levels of partial sums and the result, half a spacing of 8 bits each
+        error = np.abs(got - want)
+        assert np.all(error <= 5 * 2.0**-8 * largest) and error.max() > 2.0**-12 * largest.max()
+
+
+@pytest.mark.parametrize("grad_dtype", [None, "bfloat16"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_micro_batches_are_summed_in_float32(stage, grad_dtype):
+    """A sum of 256 and fifteen ones: in bfloat16 it would stay at 256, and float32's 271 becomes 272 at the end."""
+    dot = lambda params, x: jnp.sum(params["w"].astype(jnp.float32) * x.mean(0))
+    options = {"loss_fn": dot, "params": {"w": jnp.ones((4, 16), "bfloat16")}, "make_tx": summed, "reduce": "sum"}
+    create, step = trainer(stage, grad_dtype=grad_dtype, accumulate=16, **options)
+    batch = np.ones((DEVICES, 16, 4, 16), np.float32)
+    batch[:, 0] = 256
+    state, _ = run(create(), step, [batch.reshape(DEVICES * 16, 4, 16) / DEVICES])
+    np.testing.assert_array_equal(state.opt_state["w"], 272)
+
+
+def test_a_float16_model_without_a_loss_scale_warns_once(monkeypatch):
+    monkeypatch.setattr(step_module, "_warned_of_float16", False)
+    options = {"loss_fn": plain_sum, "params": {"a": jnp.ones(4), "h": jnp.ones((4, 16), "float16")}, "make_tx": sgd}
+    trainer(1, zerojax.static_loss_scale(8.0), **options)  # no warning, which would be an error here
+    with pytest.warns(
+        UserWarning, match=r"1 params are float16, 'h' .*loss_scale=zerojax.dynamic_loss_scale\(\)"
+    ) as seen:
+        trainer(1, **options)
+    assert len(seen) == 1
+    with warnings.catch_warnings(record=True) as again:
+        warnings.simplefilter("always")
+        trainer(2, **options)
+    assert not again

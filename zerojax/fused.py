@@ -1,13 +1,15 @@
-"""Transformations that update and apply in one pass, alone and in a chain; `apply`, which does so for any.
+"""Transformations that update and apply in one pass, alone and in a chain.
 
 A transformation's `update` returns what is to be added; `optax.apply_updates` adds it. Between the two stands a tree
 of the params' size, which XLA fuses away where it can see both, and no kernel can. So a fused transformation has a
-third function, `apply(grads, state, params) -> (params, state)`, which `zerojax.apply` and the train step look for.
+third function, `prepare(grads, state, params) -> Work`: what is left to do leaf by leaf, as data. It is done at once,
+by `apply_link`, or bucket by bucket where the state is in host memory (offload.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -16,31 +18,82 @@ import optax
 
 from pallas_kernels import formats
 from zerojax import meshes, shards
+from zerojax.host import Absent
 from zerojax.plan import Plan
 from zerojax.scaling import update_as_scale
+from zerojax.shards import Rule
 from zerojax.zero import ZeroTransformation
 
 PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Work:
+    """What a fused transformation has left to do, leaf by leaf.
+
+    Attributes:
+      rule: What is done with a leaf; None where nothing is left.
+      params, grads, mu, nu: Leaves, or what stands for them.
+      scalars: Of the rule.
+      decay: Which leaves decay.
+      implementation: Of the rule's op.
+      rest: Arrays that `finish` needs.
+      finish: `finish(rest, new) -> (params, state)`, of new params, mu and nu; it computes nothing.
+    """
+
+    rule: Rule | None
+    params: Sequence[Any] = ()
+    grads: Sequence[Any] = ()
+    mu: Sequence[Any] = ()
+    nu: Sequence[Any] = ()
+    scalars: Any = None
+    decay: Sequence[bool] = ()
+    implementation: str | None = None
+    rest: Any
+    finish: Callable[[Any, Sequence[Sequence[Any]]], tuple[PyTree, PyTree]]
+
+    def then(self, rest: Any, finish: Callable[[Any, PyTree, PyTree], tuple[PyTree, PyTree]]) -> Work:
+        """With a wrapper's last word, `finish(rest, params, state) -> (params, state)`."""
+        inner = self.finish
+        outer = lambda both, new: finish(both[0], *inner(both[1], new))
+        return dataclasses.replace(self, rest=(rest, self.rest), finish=outer)
+
+    def done(self, plan: Plan | None) -> tuple[PyTree, PyTree]:
+        """New params and state, all leaves at once."""
+        new: Sequence[Sequence[Any]] = ()
+        if self.rule is not None:
+            lists = [list(x) for x in (self.params, self.grads, self.mu, self.nu)]
+            decay = list(self.decay)
+            scalars = self.scalars
+            if plan is not None and meshes.simulated(plan.mesh):
+                # What XLA makes of a multiplication and an addition on a CPU, one rounding or two, depends on what it
+                # fuses them with: so that a step is the same bit for bit whether its state is streamed or not.
+                lists[1], scalars = jax.lax.optimization_barrier((lists[1], scalars))
+            new = shards.run(self.rule, plan, lists, scalars, decay, implementation=self.implementation)
+        return self.finish(self.rest, new)
 
 
 class FusedTransformation(optax.GradientTransformationExtraArgs):
     """An Optax transformation that can also update and apply in one pass.
 
     Attributes:
-      apply: `apply(grads, state, params, *, plan=None, finite=None, scale=None, **extra_args) -> (params, state)`.
-        Leaves of `params` may be `formats.Split` or `formats.Copied`. `plan` says how global arrays are cut;
-        `finite`, a bool scalar, leaves everything as it is where it is False; `scale` multiplies the gradients.
+      prepare: `prepare(grads, state, params, *, plan=None, finite=None, scale=None, **extra_args) -> Work`.
+        Leaves of `params` may be `formats.Split` or `formats.Copied`; what the work is done on may be anything that
+        stands for an array. `plan` says how global arrays are cut; `finite`, a bool scalar, leaves everything as it is
+        where it is False; `scale` multiplies the gradients.
       skips: Whether gradients that are not finite leave everything as it is.
+      unit: What the rule has to see at once: an "element", a "leaf", or, None, all leaves.
     """
 
-    apply: Callable[..., tuple[PyTree, PyTree]]
+    prepare: Callable[..., Work]
     skips: bool
+    unit: str | None
 
     def __new__(
-        cls, init: Any, update: Any, apply: Callable[..., tuple[PyTree, PyTree]], *, skips: bool = False
+        cls, init: Any, update: Any, prepare: Callable[..., Work], *, unit: str | None, skips: bool = False
     ) -> FusedTransformation:
         self = super().__new__(cls, init, update)
-        self.apply, self.skips = apply, skips
+        self.prepare, self.unit, self.skips = prepare, unit, skips
         return self
 
 
@@ -53,74 +106,44 @@ def chain(*transforms: optax.GradientTransformation) -> optax.GradientTransforma
       >>> isinstance(tx, FusedTransformation)
       True
     """
+    if not transforms:
+        raise ValueError("chain wants at least one transformation, got none; optax.identity() does nothing.")
     chained = optax.chain(*transforms)
-    if not transforms or not isinstance(transforms[-1], FusedTransformation):
-        return chained
     *links, last = transforms
+    if not isinstance(last, FusedTransformation):
+        return chained
+    if not links:
+        return FusedTransformation(chained.init, chained.update, _alone(last), unit=last.unit, skips=last.skips)
     before = optax.chain(*links)
 
-    def apply(
+    def prepare(
         grads: PyTree, state: PyTree, params: PyTree, *, finite: Any = None, scale: Any = None, **options: Any
-    ) -> tuple[PyTree, PyTree]:
+    ) -> Work:
         extra = {k: v for k, v in options.items() if k != "plan"}
         if last.skips and finite is None:  # the links' state is to stay as it is, too
             finite = all_finite(grads)
-        if links and scale is not None:  # what the links do to gradients need not be linear
+        if scale is not None:  # what the links do to gradients need not be linear
             grads, scale = jax.tree.map(lambda g: formats.widen(g) * scale, grads), None
         # All links at once: behind one that scales, the next wants the scaled gradients. In float32, where a norm of
         # 16-bit gradients would be none.
         wide = jax.tree.map(formats.widen, grads)
-        sums = shards.squares_of(grads, options.get("plan")) if links else None
+        sums = shards.squares_of(grads, options.get("plan"))
         linked, factor, new = update_as_scale(before, wide, state[:-1], whole(params), squares=sums, **extra)
         grads, factor = (linked, scale) if factor is None else (grads, factor)
-        params, last_state = last.apply(grads, state[-1], params, finite=finite, scale=factor, **options)
-        return params, (*keep(finite, new, state[:-1]), last_state)
+        work = last.prepare(grads, state[-1], params, finite=finite, scale=factor, **options)
+        return work.then(keep(finite, new, state[:-1]), lambda new, params, state: (params, (*new, state)))
 
-    return FusedTransformation(chained.init, chained.update, apply, skips=last.skips)
+    return FusedTransformation(chained.init, chained.update, prepare, unit=last.unit, skips=last.skips)
 
 
-def apply(
-    tx: optax.GradientTransformation, grads: PyTree, state: PyTree, params: PyTree, **extra_args: Any
-) -> tuple[PyTree, PyTree]:
-    """One optimizer step: `tx.update` and `optax.apply_updates`, in one pass where `tx` allows.
+def _alone(link: FusedTransformation) -> Callable[..., Work]:
+    """`prepare` of a chain of one."""
 
-    A fused optimizer is seen through `chain` and `zero`; any other transformation takes the two passes.
+    def prepare(grads: PyTree, state: PyTree, params: PyTree, **options: Any) -> Work:
+        work = link.prepare(grads, state[0], params, **options)
+        return work.then(None, lambda _, params, state: (params, (state,)))
 
-    Args:
-      tx: Any Optax transformation.
-      grads: Gradients.
-      state: Of `tx.init(params)`.
-      params: Params. Donate them and the state to the jit around this call, and the update is in place; in the order in
-        which they are returned, `jax.jit(lambda params, state, grads: ..., donate_argnums=(0, 1))`, since JAX pairs
-        donated buffers with results of their shape by position and copies what it cannot pair.
-      **extra_args: What transformations ask for by name, `value` for instance.
-
-    Returns:
-      New `(params, state)`.
-
-    Example:
-      >>> params = {"w": jnp.ones(2)}
-      >>> tx = optax.sgd(0.5)
-      >>> apply(tx, params, tx.init(params), params)[0]["w"].tolist()
-      [0.5, 0.5]
-    """
-    if reserved := {"plan", "finite", "scale"} & set(extra_args):
-        raise TypeError(
-            f"apply has a meaning of its own for {', '.join(sorted(reserved))}; no transformation gets them."
-        )
-    if not isinstance(tx, ZeroTransformation):
-        return apply_link(tx, grads, state, params, **extra_args)
-    plan = tx.plan
-    plan.check(grads, "grads")
-    plan.check(params)
-
-    functions = {k: extra_args.pop(k) for k in list(extra_args) if callable(extra_args[k])}  # no arguments of a jit
-
-    def on_shards(grads: PyTree, state: PyTree, params: PyTree, extra_args: dict[str, Any]) -> tuple[PyTree, PyTree]:
-        return apply_sharded(tx, grads, state, params, **extra_args, **functions)
-
-    run = meshes.on_mesh(plan.mesh, on_shards, (plan.param_specs, plan.opt_state_specs(tx.inner)))
-    return (run if meshes.tracing((grads, state, params)) else jax.jit(run))(grads, state, params, extra_args)
+    return prepare
 
 
 def apply_sharded(
@@ -152,13 +175,26 @@ def apply_link(
     params: PyTree,
     *,
     plan: Plan | None = None,
+    **options: Any,
+) -> tuple[PyTree, PyTree]:
+    """One step of a transformation that may be fused; options as of `FusedTransformation.prepare`."""
+    return prepare_link(tx, grads, state, params, plan=plan, **options).done(plan)
+
+
+def prepare_link(
+    tx: optax.GradientTransformation,
+    grads: PyTree,
+    state: PyTree,
+    params: PyTree,
+    *,
+    plan: Plan | None = None,
     finite: jax.Array | None = None,
     scale: jax.Array | None = None,
     **extra_args: Any,
-) -> tuple[PyTree, PyTree]:
-    """One step of a transformation that may be fused, as `FusedTransformation.apply`."""
+) -> Work:
+    """As `FusedTransformation.prepare`, of any transformation: one that is not fused is done at once."""
     if isinstance(tx, FusedTransformation):
-        return tx.apply(grads, state, params, plan=plan, finite=finite, scale=scale, **extra_args)
+        return tx.prepare(grads, state, params, plan=plan, finite=finite, scale=scale, **extra_args)
     exact = any(map(formats.is_stored, jax.tree.leaves(params, is_leaf=formats.is_stored)))
 
     def scaled(g: jax.Array) -> jax.Array:
@@ -175,7 +211,8 @@ def apply_link(
         optax.apply_updates(full, updates),
         is_leaf=formats.is_stored,
     )
-    return keep(finite, (new, new_state), (params, state))
+    result = keep(finite, (new, new_state), (params, state))
+    return Work(rule=None, rest=result, finish=lambda result, _: result)
 
 
 def keep(finite: jax.Array | None, new: PyTree, old: PyTree) -> PyTree:
@@ -189,6 +226,8 @@ def all_finite(tree: PyTree) -> jax.Array:
 
 
 def whole(params: PyTree) -> PyTree:
-    """Params with each leaf one array, of float32 where it is stored as a format is."""
+    """Params with each leaf one array, of float32 where it is stored as a format is; None where some are elsewhere."""
+    if any(isinstance(x, Absent) for x in jax.tree.leaves(params)):
+        return None
     plain = lambda x: formats.decode(x) if formats.is_stored(x) else x
     return jax.tree.map(plain, params, is_leaf=formats.is_stored)

@@ -32,7 +32,7 @@ class Result(NamedTuple):
     Attributes:
       loss: float32 scalar.
       aux: What the loss function returned beside it, reduced as the loss is; () without.
-      grads: Shaped like params, in their dtypes; float32 under a loss scale.
+      grads: Shaped like params, in the wider of their dtypes and `grad_dtype`; float32 under a loss scale.
       norm: float32 scalar, the global L2 norm of `grads`.
       finite: bool scalar, whether all of `grads` are finite.
     """
@@ -63,8 +63,8 @@ class Objective:
             )
         if self.reduce not in REDUCTIONS:
             raise ValueError(f"reduce must be one of {REDUCTIONS}, got {self.reduce!r}.")
-        if self.grad_dtype is not None and not jnp.issubdtype(self.grad_dtype, jnp.floating):
-            raise ValueError(f"grad_dtype must be a floating dtype, got {self.grad_dtype!r}.")
+        if self.grad_dtype is not None and not _is_floating(self.grad_dtype):
+            raise ValueError(f"grad_dtype must be a floating dtype, float32 or bfloat16 say, got {self.grad_dtype!r}.")
         if self.layerwise is not None and not any(map(self._named_by_layerwise, self.plan.leaves)):
             names = [leaf.name for leaf in self.plan.leaves[:8]]
             more = ["..."] * (len(self.plan.leaves) > 8)
@@ -134,7 +134,7 @@ class Objective:
         run = self._over_devices(local, Result(scalar, scalar, grad_specs, scalar, scalar), scalar)
         result = run(params, batch, scale)
         solid = iter(result.grads)
-        dtype = lambda leaf: leaf.dtype if scale is None else jnp.float32
+        dtype = lambda leaf: self._dtype(leaf) if scale is None else jnp.float32
         grads = [next(solid) if _solid(leaf) else jnp.zeros(leaf.shape, dtype(leaf)) for leaf in self.plan.leaves]
         return result._replace(grads=self.plan.treedef.unflatten(grads))
 
@@ -155,6 +155,10 @@ class Objective:
     def _parts(self) -> int:
         """What a sum over devices and micro-batches is divided by."""
         return self.plan.num_shards * self.accumulate if self.reduce == "mean" else 1
+
+    def _dtype(self, leaf: Leaf) -> Any:
+        """What a leaf's reduced gradient has: a sum that was asked for in float32 is not rounded to bfloat16 after."""
+        return jnp.promote_types(leaf.dtype, self.grad_dtype or leaf.dtype)
 
     def _manual(self, spec: PartitionSpec) -> PartitionSpec:
         """The part of a spec that names ZeRO axes; the others (tensor parallelism) stay with the compiler."""
@@ -276,7 +280,7 @@ class Objective:
         return [self._scatter(leaf, g) if early(leaf) else g for leaf, g in zip(solid, grads, strict=True)]
 
     def _reduce_late(self, grads: list[jax.Array], sharded: bool) -> list[jax.Array]:
-        """Once, after the last micro-batch: what is still a device's own; then each gradient in its param's dtype."""
+        """Once, after the last micro-batch: what is still a device's own; then each gradient in its dtype."""
         grads, leaves = list(grads), list(filter(_solid, self.plan.leaves))
         left = [i for i, leaf in enumerate(leaves) if not self._cut_early(leaf)]
         scattered = [i for i in left if sharded and leaves[i].dim is not None]
@@ -286,11 +290,12 @@ class Objective:
         wires = [grads[i].astype(self.grad_dtype or leaves[i].dtype) for i in whole]
         for i, g in zip(whole, jax.lax.psum(wires, self.plan.axes), strict=True):
             grads[i] = g
-        return [g.astype(leaf.dtype) for leaf, g in zip(leaves, grads, strict=True)]
+        return [g.astype(self._dtype(leaf)) for leaf, g in zip(leaves, grads, strict=True)]
 
     def _scatter(self, leaf: Leaf, g: jax.Array) -> jax.Array:
         wire = g.astype(self.grad_dtype or leaf.dtype)
-        return jax.lax.psum_scatter(wire, self.plan.axes, scatter_dimension=leaf.dim, tiled=True).astype(g.dtype)
+        total = jax.lax.psum_scatter(wire, self.plan.axes, scatter_dimension=leaf.dim, tiled=True)
+        return total.astype(jnp.promote_types(g.dtype, wire.dtype))
 
     def _norm(self, grads: list[jax.Array], sharded: bool) -> tuple[jax.Array, jax.Array]:
         """Global norm and finiteness of reduced gradients, by one small all-reduce however many leaves there are."""
@@ -309,3 +314,10 @@ class Objective:
 def _solid(leaf: Leaf) -> bool:
     """Whether a leaf has elements. An empty gradient computed inside a shard_map crashes jaxlib 0.11 on a CPU."""
     return 0 not in leaf.shape
+
+
+def _is_floating(dtype: Any) -> bool:
+    try:
+        return jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+    except TypeError:  # no dtype at all
+        return False

@@ -52,7 +52,7 @@ def grouped_spec(mesh: AnyMesh, shape: tuple[int, ...], spec: PartitionSpec, gro
       >>> grouped_spec(mesh, (16, 80), PartitionSpec(None, "data"), 32)
       P(None, None)
     """
-    if len(spec) < len(shape) or shape[-1] // meshes.shards(mesh, spec[-1]) % group == 0:
+    if not shape or len(spec) < len(shape) or shape[-1] // meshes.shards(mesh, spec[-1]) % group == 0:
         return spec
     return PartitionSpec(*spec[:-1], None)
 

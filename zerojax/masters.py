@@ -10,7 +10,7 @@ import optax
 
 from pallas_kernels import formats
 from zerojax import meshes
-from zerojax.fused import FusedTransformation, all_finite, apply_link, keep
+from zerojax.fused import FusedTransformation, Work, all_finite, keep, prepare_link
 
 PyTree = Any
 KINDS = ("split", "float32")
@@ -86,17 +86,16 @@ def master_weights(inner: optax.GradientTransformation, *, kind: str = "split") 
         first, second = (treedef.unflatten([pair[k] for pair in pairs]) for k in (0, 1))
         return first, MasterWeightsState(second, inner_state)
 
-    def apply(
-        grads: PyTree, state: MasterWeightsState, params: PyTree, **options: Any
-    ) -> tuple[PyTree, MasterWeightsState]:
-        stored, inner_state = apply_link(inner, grads, state.inner_state, _stored(params, state.masters), **options)
-        treedef: Any = jax.tree.structure(params)
-        leaves = treedef.flatten_up_to(stored)
-        return treedef.unflatten([_param(x) for x in leaves]), MasterWeightsState(
-            treedef.unflatten([_kept(x) for x in leaves]), inner_state
-        )
+    def prepare(grads: PyTree, state: MasterWeightsState, params: PyTree, **options: Any) -> Work:
+        stored = _stored(params, state.masters)
+        return prepare_link(inner, grads, state.inner_state, stored, **options).then(None, finish)
 
-    return FusedTransformation(init, update, apply, skips=getattr(inner, "skips", False))
+    def finish(_: None, stored: PyTree, inner_state: PyTree) -> tuple[PyTree, MasterWeightsState]:
+        part = lambda of: jax.tree.map(of, stored, is_leaf=formats.is_stored)
+        return part(_param), MasterWeightsState(part(_kept), inner_state)
+
+    skips, unit = getattr(inner, "skips", False), getattr(inner, "unit", None)
+    return FusedTransformation(init, update, prepare, skips=skips, unit=unit)
 
 
 def full_precision(params: PyTree, opt_state: PyTree) -> PyTree:
@@ -161,14 +160,16 @@ def skip_nonfinite(inner: optax.GradientTransformation) -> FusedTransformation:
         new, inner_state = keep(finite, (new, inner_state), (jax.tree.map(jnp.zeros_like, new), state.inner_state))
         return new, SkipNonfiniteState(state.skipped + ~finite, inner_state)
 
-    def apply(
+    def prepare(
         grads: PyTree, state: SkipNonfiniteState, params: PyTree, *, finite: jax.Array | None = None, **options: Any
-    ) -> tuple[PyTree, SkipNonfiniteState]:
+    ) -> Work:
         here = all_finite(grads) if finite is None else finite & all_finite(grads)
-        params, inner_state = apply_link(inner, grads, state.inner_state, params, finite=here, **options)
-        return params, SkipNonfiniteState(state.skipped + ~here, inner_state)
+        work = prepare_link(inner, grads, state.inner_state, params, finite=here, **options)
+        return work.then(
+            state.skipped + ~here, lambda skipped, params, inner: (params, SkipNonfiniteState(skipped, inner))
+        )
 
-    return FusedTransformation(init, update, apply, skips=True)
+    return FusedTransformation(init, update, prepare, skips=True, unit=getattr(inner, "unit", None))
 
 
 def _master(path: tuple[Any, ...], p: Any, kind: str) -> jax.Array | None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -13,35 +12,18 @@ import optax
 
 from pallas_kernels import formats
 from pallas_kernels.adam import adam, adam_choice, adam_scalars, adam_step
-from pallas_kernels.dispatch import Choice
 from pallas_kernels.formats import Place
 from pallas_kernels.lamb import TrustRatio, lamb, lamb_choice, lamb_scalars, lamb_step
-from zerojax import meshes, shards
-from zerojax.fused import FusedTransformation, keep, whole
+from zerojax import meshes
+from zerojax.fused import FusedTransformation, Work, keep, whole
 from zerojax.plan import Plan
+from zerojax.shards import Rule
 
 PyTree = Any
 VARIANTS = ("optax", "deepspeed")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Rule:
-    """An optimizer of `pallas_kernels`.
-
-    Attributes:
-      op: `op(params, grads, mu, nu, scalars, *, decay, places, implementation)` on lists of leaves.
-      choice: Which implementation it runs.
-      step: What it adds to one leaf, and the leaf's new moments.
-      norms: Whether a step depends on the norm of the whole leaf; then `op` takes `across`, which adds up shards'.
-    """
-
-    op: Callable[..., Any]
-    choice: Callable[..., Choice]
-    step: Callable[..., Any]
-    norms: bool = False
-
-
-_ADAM = _Rule(op=adam, choice=adam_choice, step=adam_step)
+_ADAM = Rule(op=adam, choice=adam_choice, step=adam_step)
 
 
 def fused_adam(
@@ -54,13 +36,14 @@ def fused_adam(
     *,
     nesterov: bool = False,
     nu_dtype: Any = None,
+    bias_correction: bool = True,
     implementation: str | None = None,
 ) -> FusedTransformation:
     """`optax.adam` in one pass over the params, their gradients and moments.
 
     Args:
       learning_rate: A float, or a schedule of the number of steps done.
-      b1: Decay rate of the first moment.
+      b1: Decay rate of the first moment, a float or a schedule, as the next three.
       b2: Decay rate of the second moment.
       eps: Added to the square root.
       eps_root: Added inside it.
@@ -68,6 +51,7 @@ def fused_adam(
         rounded stochastically, "int8" is too, in blocks of 32 that share a power of two (`formats.Blocks`).
       nesterov: Nesterov momentum.
       nu_dtype: Dtype of the second moment, likewise; float16 is refused, which has no range for squares.
+      bias_correction: Whether moments are divided by 1 - b**t.
       implementation: Of `pallas_kernels.adam`, used by `apply`; None picks by what was measured.
 
     Returns:
@@ -79,6 +63,8 @@ def fused_adam(
       float32 arithmetic whatever is stored. Departures from Optax: moments of 16-bit params are float32 by default,
       and bfloat16 ones are rounded stochastically, since at b2 = 0.999 one that is rounded to nearest never decays.
       The random bits are a hash of step, leaf and element: the same at every stage and on any number of devices.
+      Elements are counted modulo 2**32: in a larger leaf those 2**32 apart share their bits, each rounded without bias
+      still.
 
     Memory:
       Bytes a param: 8 for float32 moments, 4 for bfloat16 ones, 2.07 for int8 ones.
@@ -94,9 +80,10 @@ def fused_adam(
       >>> round(float(params["w"][0]), 6), int(state.count)
       (0.9, 1)
     """
-    scalars = functools.partial(adam_scalars, b1=b1, b2=b2, eps=eps, eps_root=eps_root, nesterov=nesterov)
+    rates = {"b1": b1, "b2": b2, "eps": eps, "eps_root": eps_root}
+    scalars = functools.partial(adam_scalars, nesterov=nesterov, bias_correction=bias_correction)
     dtypes = {"mu_dtype": mu_dtype, "nu_dtype": nu_dtype}
-    return _fused(_ADAM, scalars, learning_rate, **dtypes, mask=False, implementation=implementation)
+    return _fused(_ADAM, scalars, learning_rate, rates, **dtypes, mask=False, implementation=implementation)
 
 
 def fused_adamw(
@@ -111,13 +98,14 @@ def fused_adamw(
     *,
     nesterov: bool = False,
     nu_dtype: Any = None,
+    bias_correction: bool = True,
     implementation: str | None = None,
 ) -> FusedTransformation:
     """`optax.adamw` in one pass: `fused_adam` with decoupled weight decay.
 
     Args:
       learning_rate: A float, or a schedule of the number of steps done.
-      b1: Decay rate of the first moment.
+      b1: Decay rate of the first moment, a float or a schedule, as the next three.
       b2: Decay rate of the second moment.
       eps: Added to the square root.
       eps_root: Added inside it.
@@ -126,6 +114,7 @@ def fused_adamw(
       mask: Which leaves decay: a tree of bools, a prefix of the params', or a function from params to one.
       nesterov: Nesterov momentum.
       nu_dtype: Dtype of the second moment, as in `fused_adam`.
+      bias_correction: Whether moments are divided by 1 - b**t.
       implementation: Of `pallas_kernels.adam`.
 
     Returns:
@@ -142,10 +131,11 @@ def fused_adamw(
       >>> round(float(params["w"][0, 0]), 7), round(float(params["b"][0]), 7)
       (0.9989999, 0.999)
     """
-    scalars = functools.partial(adam_scalars, b1=b1, b2=b2, eps=eps, eps_root=eps_root, nesterov=nesterov)
+    rates = {"b1": b1, "b2": b2, "eps": eps, "eps_root": eps_root}
+    scalars = functools.partial(adam_scalars, nesterov=nesterov, bias_correction=bias_correction)
     dtypes = {"mu_dtype": mu_dtype, "nu_dtype": nu_dtype}
     decay = {"weight_decay": weight_decay, "mask": mask}
-    return _fused(_ADAM, scalars, learning_rate, **dtypes, **decay, implementation=implementation)
+    return _fused(_ADAM, scalars, learning_rate, rates, **dtypes, **decay, implementation=implementation)
 
 
 def fused_lamb(
@@ -162,6 +152,7 @@ def fused_lamb(
     min_trust_ratio: float | None = None,
     max_trust_ratio: float | None = None,
     variant: str = "optax",
+    bias_correction: bool = True,
     implementation: str | None = None,
 ) -> FusedTransformation:
     """`optax.lamb`, or DeepSpeed's LAMB: Adam's step, scaled for each leaf by ||param|| / ||step||.
@@ -170,7 +161,7 @@ def fused_lamb(
 
     Args:
       learning_rate: A float, or a schedule of the number of steps done.
-      b1: Decay rate of the first moment.
+      b1: Decay rate of the first moment, a float or a schedule, as the next three.
       b2: Decay rate of the second moment.
       eps: Added to the square root.
       eps_root: Added inside it.
@@ -182,6 +173,7 @@ def fused_lamb(
       max_trust_ratio: Likewise; None for none, 10 with variant="deepspeed".
       variant: "optax": bias-corrected moments inside the ratio, as in the paper. "deepspeed": raw moments inside, the
         correction on the learning rate.
+      bias_correction: Whether there is such a correction.
       implementation: Of `pallas_kernels.lamb`.
 
     Returns:
@@ -206,8 +198,9 @@ def fused_lamb(
         min_trust_ratio = 0.01 if min_trust_ratio is None else min_trust_ratio
         max_trust_ratio = 10.0 if max_trust_ratio is None else max_trust_ratio
     trust = TrustRatio(min_trust_ratio, max_trust_ratio)
-    scalars = functools.partial(lamb_scalars, variant=variant, b1=b1, b2=b2, eps=eps, eps_root=eps_root)
-    rule = _Rule(
+    rates = {"b1": b1, "b2": b2, "eps": eps, "eps_root": eps_root}
+    scalars = functools.partial(lamb_scalars, variant=variant, bias_correction=bias_correction)
+    rule = Rule(
         op=functools.partial(lamb, trust=trust),
         choice=lamb_choice,
         step=lambda s, *leaf: lamb_step(s, trust, *leaf),
@@ -215,13 +208,14 @@ def fused_lamb(
     )
     dtypes = {"mu_dtype": mu_dtype, "nu_dtype": nu_dtype}
     decay = {"weight_decay": weight_decay, "mask": mask}
-    return _fused(rule, scalars, learning_rate, **dtypes, **decay, implementation=implementation)
+    return _fused(rule, scalars, learning_rate, rates, **dtypes, **decay, implementation=implementation)
 
 
 def _fused(
-    rule: _Rule,
+    rule: Rule,
     scalars: Callable[..., Any],
     learning_rate: optax.ScalarOrSchedule,
+    rates: dict[str, Any],
     *,
     mu_dtype: Any,
     nu_dtype: Any,
@@ -238,7 +232,9 @@ def _fused(
 
     def scalars_of(count: jax.Array, **once: Any) -> Any:
         at = lambda x: x(count) if callable(x) else x
-        options = {} if mask is False else {"weight_decay": at(weight_decay)}
+        options = {name: at(x) for name, x in rates.items()}
+        if mask is not False:
+            options["weight_decay"] = at(weight_decay)
         return scalars(optax.safe_increment(count), at(learning_rate), **once, **options)
 
     def update(
@@ -260,7 +256,7 @@ def _fused(
         mu, nu = (treedef.unflatten([x[k] for x in stepped]) for k in (1, 2))
         return treedef.unflatten(deltas), optax.ScaleByAdamState(optax.safe_increment(state.count), mu, nu)
 
-    def apply(
+    def prepare(
         grads: PyTree,
         state: optax.ScaleByAdamState,
         params: PyTree,
@@ -269,22 +265,32 @@ def _fused(
         finite: jax.Array | None = None,
         scale: jax.Array | None = None,
         **_: Any,
-    ) -> tuple[PyTree, optax.ScaleByAdamState]:
+    ) -> Work:
         leaves, treedef = _flatten(params)
-        lists = [leaves, *map(treedef.flatten_up_to, (grads, state.mu, state.nu))]
+        grads, mu, nu = map(treedef.flatten_up_to, (grads, state.mu, state.nu))
         # Without a plan, how arrays are cut is not known, and a kernel would have them gathered.
         chosen = meshes.kernel_implementation() if implementation is None and plan is None else implementation
-        s = scalars_of(state.count, scale=1.0 if scale is None else scale, apply=True if finite is None else finite)
-        decay = _decayed(mask, whole(params), len(leaves))
-        if plan is None or rule.choice(*lists, implementation=chosen).implementation == "xla":
-            new = rule.op(*lists, s, decay=decay, implementation=chosen)
-        else:
-            new = shards.run_on_shards(rule.op, plan, lists, s, decay, norms=rule.norms, implementation=chosen)
-        params, mu, nu = map(treedef.unflatten, new)
-        count = keep(finite, optax.safe_increment(state.count), state.count)
-        return params, optax.ScaleByAdamState(count, mu, nu)
 
-    return FusedTransformation(init, update, apply)
+        def finish(count: jax.Array, new: Sequence[Sequence[Any]]) -> tuple[PyTree, optax.ScaleByAdamState]:
+            params, mu, nu = (treedef.unflatten(x) for x in new)
+            return params, optax.ScaleByAdamState(count, mu, nu)
+
+        return Work(
+            rule=rule,
+            params=leaves,
+            grads=grads,
+            mu=mu,
+            nu=nu,
+            scalars=scalars_of(
+                state.count, scale=1.0 if scale is None else scale, apply=True if finite is None else finite
+            ),
+            decay=_decayed(mask, params, len(leaves)),
+            implementation=chosen,
+            rest=keep(finite, optax.safe_increment(state.count), state.count),
+            finish=finish,
+        )
+
+    return FusedTransformation(init, update, prepare, unit="leaf" if rule.norms else "element")
 
 
 def _flatten(tree: PyTree) -> tuple[list[Any], Any]:
@@ -326,6 +332,9 @@ def _decayed(mask: Any, params: PyTree, count: int) -> list[bool]:
     """For each leaf whether it decays."""
     if mask is None or isinstance(mask, bool):
         return [mask is None or mask] * count
-    tree = mask(params) if callable(mask) else mask
-    decay = jax.tree.leaves(jax.tree.map(lambda flag, part: jax.tree.map(lambda _: flag, part), tree, params))
+    if (full := whole(params)) is None:  # of params that are elsewhere a mask sees the shapes
+        zeros = lambda x: jnp.zeros(formats.shape_of(x), jnp.float32)
+        full = jax.tree.map(zeros, params, is_leaf=formats.is_stored)
+    tree = mask(full) if callable(mask) else mask
+    decay = jax.tree.leaves(jax.tree.map(lambda flag, part: jax.tree.map(lambda _: flag, part), tree, full))
     return [bool(flag) for flag in decay]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,7 +19,8 @@ import optax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from pallas_kernels import formats
-from zerojax import layout, meshes, report
+from zerojax import host, layout, meshes, report
+from zerojax.host import Offload, Rest
 from zerojax.meshes import AnyMesh
 
 PyTree = Any
@@ -81,6 +83,7 @@ class Plan:
       leaves: One `Leaf` a param, in `jax.tree.leaves` order.
       treedef: The tree structure of the params.
       min_size: Leaves with fewer elements stay whole.
+      offload: What of the optimizer's state lives in host memory.
     """
 
     mesh: AnyMesh
@@ -89,6 +92,7 @@ class Plan:
     leaves: tuple[Leaf, ...]
     treedef: jax.tree_util.PyTreeDef
     min_size: int
+    offload: Offload | None = None
 
     @property
     def num_shards(self) -> int:
@@ -143,32 +147,103 @@ class Plan:
         """`NamedSharding`s shaped like `tx.init(params)`, for any Optax transformation.
 
         A leaf of the state that stands at a param's path with that param's shape (Adam's `mu`, a `MultiSteps`
-        accumulator) is sharded as that param; any other (Adafactor's rows, a count) by its own shape.
+        accumulator) is sharded as that param; any other (Adafactor's rows, a count) by its own shape. What `offload`
+        sends to the host has its memory kind; a leaf larger than a bucket is `host.Pieces`.
         """
-        return meshes.named(self.mesh, self.opt_state_specs(tx))
+        return jax.tree.map(lambda rest: rest.sharding(self.mesh), self.rests(tx))
 
     def opt_state_specs(self, tx: optax.GradientTransformation) -> PyTree:
-        """The `PartitionSpec`s behind `opt_state`."""
+        """The `PartitionSpec`s behind `opt_state`, of whole leaves."""
+        return jax.tree.map(lambda rest: rest.spec, self.rests(tx))
+
+    def rests(self, tx: optax.GradientTransformation) -> PyTree:
+        """How each leaf of the state is kept, `host.Rest`s shaped like `tx.init(params)`."""
+        return self.rests_of(self._state_shapes(tx), getattr(tx, "unit", None))
+
+    def rests_of(self, state: PyTree, unit: str | None) -> PyTree:
+        """As `rests`, of a state's shapes; `unit` as of `FusedTransformation`."""
         paths = (path for path, _ in jax.tree_util.tree_leaves_with_path(self.shapes))
-        by_path = dict(zip(paths, self.leaves, strict=True))
+        numbers = dict(zip(paths, range(len(self.leaves)), strict=True))
 
-        def spec(path: tuple[Any, ...], x: jax.ShapeDtypeStruct) -> PartitionSpec:
-            for start in range(len(path) + 1):  # the longest suffix of the path that is a param's,
-                for end in (len(path), len(path) - 1):  # or that of a part of what is kept for one
-                    if leaf := by_path.get(path[start:end]):
-                        like = leaf.sharded if self.stage >= 1 else leaf.whole
-                        if leaf.shape == x.shape:
-                            return like
-                        if end < len(path) and _is_grouped(leaf.shape, x.shape):
-                            return layout.grouped_spec(self.mesh, leaf.shape, like, formats.GROUP)
-            if self.stage == 0:
-                return PartitionSpec()
-            return layout.shard_spec(x.shape, PartitionSpec(), self.axis, self.num_shards, self.min_size)[0]
+        def rest(path: tuple[Any, ...], x: jax.ShapeDtypeStruct) -> Rest:
+            param, spec = self._spec_of(numbers, path, x.shape)
+            size = layout.shard_bytes(self.mesh, x, spec)
+            return Rest(meshes.path_name(path), x.shape, x.dtype, spec, size, param, grid=(1,) * x.ndim)
 
-        return jax.tree_util.tree_map_with_path(spec, self._state_shapes(tx))
+        rests = jax.tree_util.tree_map_with_path(rest, state)
+        return rests if self.offload is None else self._offloaded(rests, unit)
+
+    def _spec_of(
+        self, numbers: dict[tuple[Any, ...], int], path: tuple[Any, ...], shape: tuple[int, ...]
+    ) -> tuple[int | None, PartitionSpec]:
+        """To which param a leaf of the state belongs, if to one, and its spec."""
+        for start in range(len(path) + 1):  # the longest suffix of the path that is a param's,
+            for end in (len(path), len(path) - 1):  # or that of a part of what is kept for one
+                if (number := numbers.get(path[start:end])) is not None:
+                    leaf = self.leaves[number]
+                    like = leaf.sharded if self.stage >= 1 else leaf.whole
+                    if leaf.shape == shape:
+                        return number, like
+                    if end < len(path) and _is_grouped(leaf.shape, shape):
+                        return number, layout.grouped_spec(self.mesh, leaf.shape, like, formats.GROUP)
+        if self.stage == 0:
+            return None, PartitionSpec()
+        return None, layout.shard_spec(shape, PartitionSpec(), self.axis, self.num_shards, self.min_size)[0]
+
+    def _offloaded(self, rests: PyTree, unit: str | None) -> PyTree:
+        """`rests` with what `offload` sends to the host; in pieces, if `unit` says that the update may take such."""
+        assert self.offload is not None
+        leaves: list[Rest] = jax.tree.leaves(rests)
+        treedef: Any = jax.tree.structure(rests)
+        on_host = self._moved(leaves)
+        held = [0] * len(self.leaves)  # bytes on the host of each param's state
+        for rest, is_moved in zip(leaves, on_host, strict=True):
+            if is_moved and rest.param is not None:
+                held[rest.param] += rest.size
+        limit = max(self.offload.filled_bytes, host.LEAST_BYTES)
+        grids = [self._grid(leaf, math.ceil(size / limit)) for leaf, size in zip(self.leaves, held, strict=True)]
+        for i, rest in enumerate(leaves):
+            in_pieces = on_host[i] and unit == "element"
+            grid = grids[rest.param] if in_pieces and rest.param is not None else rest.grid
+            leaves[i] = dataclasses.replace(rest, on_host=on_host[i], grid=grid)
+        return treedef.unflatten(leaves)
+
+    def _moved(self, leaves: list[Rest]) -> list[bool]:
+        """Which leaves of the state `offload` sends to the host."""
+        offload = self.offload
+        assert offload is not None
+        named = lambda rest: offload.pattern is None or re.search(offload.pattern, rest.name) is not None
+        candidates = [math.prod(rest.shape) > 0 and len(rest.shape) > 0 and named(rest) for rest in leaves]
+        if offload.pattern is not None and not any(candidates):
+            raise ValueError(
+                f"Offload: pattern={offload.pattern!r} names no array of the optimizer's state; it has "
+                f"{', '.join(rest.name for rest in leaves[:8])}{', ...' if len(leaves) > 8 else ''}."
+            )
+        sizes = [rest.size for rest in leaves]
+        total = sum(size for size, able in zip(sizes, candidates, strict=True) if able)
+        if offload.hbm_budget_bytes is None:
+            share = int(offload.fraction * total)
+            return host.moved(sizes, candidates, least=share, most=share)
+        at_rest = layout.total_bytes(self.mesh, self.shapes, self.param_specs)
+        at_rest += layout.total_bytes(self.mesh, self.shapes, self.grad_specs) + sum(sizes)
+        least = at_rest - offload.hbm_budget_bytes
+        if least > total:
+            raise ValueError(
+                f"Offload: params, gradients and state take {report.format_bytes(at_rest)} on each device, of which "
+                f"{report.format_bytes(total)} could go to the host: more than hbm_budget_bytes="
+                f"{report.format_bytes(offload.hbm_budget_bytes)}. Take more devices, a higher stage or narrower "
+                "moments."
+            )
+        return host.moved(sizes, candidates, least=max(least, 0), most=total)
+
+    def _grid(self, leaf: Leaf, count: int) -> tuple[int, ...]:
+        spec = leaf.sharded if self.stage >= 1 else leaf.whole
+        entries = [*spec, *[None] * (len(leaf.shape) - len(spec))]
+        return host.grid_of(leaf.shape, [meshes.shards(self.mesh, entry) for entry in entries], count)
 
     def _state_shapes(self, tx: optax.GradientTransformation) -> PyTree:
-        return jax.eval_shape(tx.init, self.shapes)
+        # `zero` of a transformation keeps what the transformation does, but in the layout that is asked for here.
+        return jax.eval_shape(getattr(tx, "inner", tx).init, self.shapes)
 
     def memory(self, tx: optax.GradientTransformation, *, param_dtype: Any = None, grad_dtype: Any = None) -> Memory:
         """Bytes at rest on each device.
@@ -189,11 +264,12 @@ class Plan:
         """
         plan = self if param_dtype is None else self._with_dtype(param_dtype)
         grads = plan if grad_dtype is None else plan._with_dtype(grad_dtype)
+        rests = jax.tree.leaves(plan.rests(tx))
         return Memory(
             params=layout.total_bytes(plan.mesh, plan.shapes, plan.param_specs),
             grads=layout.total_bytes(grads.mesh, grads.shapes, grads.grad_specs),
-            opt_state=layout.total_bytes(plan.mesh, plan._state_shapes(tx), plan.opt_state_specs(tx)),
-            host=0,
+            opt_state=sum(rest.size for rest in rests if not rest.on_host),
+            host=sum(rest.size for rest in rests if rest.on_host),
         )
 
     def _with_dtype(self, dtype: Any) -> Plan:
@@ -276,15 +352,14 @@ class Plan:
         return "\n".join(lines if tx is None else [*lines, str(self.memory(tx)), self._state_parts(tx)])
 
     def _state_parts(self, tx: optax.GradientTransformation) -> str:
-        """Bytes of the optimizer's state by the name of its field, and dtype."""
+        """Bytes of the optimizer's state by the name of its field, dtype, and where it is."""
         parts: dict[str, int] = {}
-        shapes = jax.tree_util.tree_leaves_with_path(self._state_shapes(tx))
-        for (path, x), spec in zip(shapes, jax.tree.leaves(self.opt_state_specs(tx)), strict=True):
+        for path, rest in jax.tree_util.tree_leaves_with_path(self.rests(tx)):
             names = [key.name for key in path if isinstance(key, jax.tree_util.GetAttrKey)]
             fields = [name for name in names if name not in ("inner_state", *formats.Blocks._fields)] or ["state"]
-            dtype = "8-bit" if set(names) & set(formats.Blocks._fields) else x.dtype.name
-            name = f"{fields[-1]} {dtype}"
-            parts[name] = parts.get(name, 0) + layout.shard_bytes(self.mesh, x, spec)
+            dtype = "8-bit" if set(names) & set(formats.Blocks._fields) else rest.dtype.name
+            name = f"{fields[-1]} {dtype}" + (" on the host" if rest.on_host else "")
+            parts[name] = parts.get(name, 0) + rest.size
         return "opt_state: " + ", ".join(f"{name} {report.format_bytes(size)}" for name, size in parts.items())
 
 
@@ -294,6 +369,7 @@ def make_plan(
     *,
     stage: int,
     axis: str | tuple[str, ...] = "data",
+    offload: str | Offload | None = None,
     param_specs: PyTree | None = None,
     min_size: int = 2**14,
     strict: bool = False,
@@ -308,6 +384,8 @@ def make_plan(
       mesh: The devices; an `AbstractMesh` plans for machines one does not have.
       stage: 0 replicates everything; 1 shards optimizer state, 2 also gradients, 3 also params.
       axis: Mesh axis to shard over, or a tuple of several taken as one.
+      offload: What of the optimizer's state lives in host memory: None for nothing, "pinned_host" for all, or an
+        `Offload`.
       param_specs: `PartitionSpec`s already taken, by tensor parallelism say: a prefix of `params`, None for nothing
         taken. The ZeRO axis goes on a dim that they leave free.
       min_size: Leaves with fewer elements stay whole: sharding them would cost a collective and save little.
@@ -359,12 +437,20 @@ def make_plan(
                 "strict=False to keep it whole."
             )
         leaves.append(Leaf(name=name, shape=shape, dtype=dtype, whole=whole, sharded=sharded, dim=dim, reason=reason))
-    return Plan(mesh=mesh, stage=stage, axes=axes, leaves=tuple(leaves), treedef=treedef, min_size=min_size)
+    return Plan(
+        mesh=mesh,
+        stage=stage,
+        axes=axes,
+        leaves=tuple(leaves),
+        treedef=treedef,
+        min_size=min_size,
+        offload=host.as_offload(offload),
+    )
 
 
 def _is_grouped(shape: tuple[int, ...], x: tuple[int, ...]) -> bool:
     """Whether `x` is the shape of one number for each group of a leaf's last dim, as `formats.Blocks` has."""
-    return bool(shape) and x == (*shape[:-1], math.ceil(shape[-1] / formats.GROUP))
+    return x == (*shape[:-1], math.ceil(math.prod(shape[-1:]) / formats.GROUP))
 
 
 def _placement(leaf: Leaf, stage: int) -> str:

@@ -113,14 +113,26 @@ def plot_lines(
     figure.savefig(path, dpi=120)
 
 
-def plot_stacked(bars: Mapping[str, Mapping[str, float]], path: str | os.PathLike[str], *, ylabel: str) -> None:
-    """Draws stacked bars, each a name with its parts and their heights, into a PNG."""
+def plot_stacked(
+    bars: Mapping[str, Mapping[str, float]],
+    path: str | os.PathLike[str],
+    *,
+    ylabel: str,
+    limit: float | None = None,
+) -> None:
+    """Draws stacked bars, each a name with its parts and their heights, into a PNG; `limit` is a line across."""
     figure, axes = _axes()
     base = dict.fromkeys(bars, 0.0)
     for part in next(iter(bars.values())):
         heights = [parts[part] for parts in bars.values()]
         axes.bar(list(bars), heights, bottom=list(base.values()), label=part, width=0.6)
         base = {name: base[name] + height for name, height in zip(bars, heights, strict=True)}
+    if limit is not None:
+        axes.axhline(limit, color="black", linestyle="--", linewidth=1, label="memory of a device")
+    if len(bars) > 4:
+        axes.tick_params(axis="x", rotation=35)
+        for label in axes.get_xticklabels():
+            label.set_horizontalalignment("right")
     axes.set(ylabel=ylabel)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)

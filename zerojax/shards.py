@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from pallas_kernels import formats
+from pallas_kernels.dispatch import Choice
 from pallas_kernels.formats import Place
 from pallas_kernels.squares import squares, squares_choice
 from zerojax import meshes
@@ -33,40 +35,96 @@ def squares_of(grads: PyTree, plan: Plan | None) -> Callable[[], jax.Array] | No
     return lambda: jax.shard_map(local, in_specs=tuple(specs), out_specs=PartitionSpec(), check_vma=False)(*leaves)
 
 
-def run_on_shards(
-    op: Callable[..., Any],
-    plan: Plan,
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rule:
+    """An optimizer of `pallas_kernels`.
+
+    Attributes:
+      op: `op(params, grads, mu, nu, scalars, *, decay, places, implementation)` on lists of leaves.
+      choice: Which implementation it runs.
+      step: What it adds to one leaf, and the leaf's new moments.
+      norms: Whether a step depends on the norm of the whole leaf; then `op` takes `across`, which adds up shards'.
+    """
+
+    op: Callable[..., Any]
+    choice: Callable[..., Choice]
+    step: Callable[..., Any]
+    norms: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A leaf of the params, or a block of one.
+
+    Attributes:
+      leaf: Its number.
+      whole: Shape of the leaf.
+      spec: How the block lies over the mesh.
+      starts: Where the block begins in each dim; None for a whole leaf.
+    """
+
+    leaf: Any
+    whole: tuple[int, ...]
+    spec: PartitionSpec
+    starts: Any = None
+
+    def place(self, shape: tuple[int, ...], mesh: meshes.AnyMesh | None = None) -> Place:
+        """Where the block, of `shape`, lies in its leaf; with a mesh, in a `shard_map`, where this device's shard."""
+        cuts, behind = [], 1
+        for dim in reversed(range(len(shape))):
+            entry = self.spec[dim] if mesh is not None and dim < len(self.spec) else None
+            parts = 1 if mesh is None else meshes.shards(mesh, entry)
+            n = shape[dim] // parts
+            if n < self.whole[dim]:
+                start = 0 if self.starts is None else self.starts[dim]
+                if axes := meshes.axis_names(entry):
+                    start = start + jax.lax.axis_index(axes) * n
+                stride = _wrapped((self.whole[dim] - n) * behind) if dim else 0
+                cuts.append(formats.Cut(min(n * behind, 2**32 - 1), stride, start * _wrapped(behind)))
+            behind *= self.whole[dim]
+        return Place(self.leaf, tuple(cuts))
+
+
+def run(
+    rule: Rule,
+    plan: Plan | None,
     lists: list[list[Any]],
     scalars: Any,
     decay: list[bool],
     *,
-    norms: bool,
     implementation: str | None,
+    parts: list[Part] | None = None,
 ) -> list[list[Any]]:
-    """An optimizer's kernel, run by each device on its shards.
+    """An optimizer's step on leaves, or on blocks of some; each device works on its shards.
 
     A leaf of which shards end within a group of 8-bit moments is left to XLA, which exchanges what it must.
 
     Args:
-      op: Of `pallas_kernels`, on lists of leaves.
-      plan: How they are cut: by `update_specs`.
+      rule: The optimizer.
+      plan: How leaves are cut: by `update_specs`; None where they are on one device.
       lists: Params, gradients, mu and nu.
       scalars: Of the step.
       decay: Which leaves decay.
-      norms: Whether `op` takes `across`, which adds up numbers of shards.
-      implementation: Of `op`.
+      implementation: Of the op.
+      parts: What of which leaves `lists` hold; by default all that the plan has.
 
     Returns:
       New params, mu and nu.
     """
-    specs = plan.treedef.flatten_up_to(plan.update_specs)
-    rows = list(zip(*lists, strict=True))
+    if plan is None or rule.choice(*lists, implementation=implementation).implementation == "xla":
+        chosen = implementation if plan is None else "xla"
+        return list(rule.op(*lists, scalars, decay=decay, places=_places(parts, lists), implementation=chosen))
+    if parts is None:
+        specs = plan.treedef.flatten_up_to(plan.update_specs)
+        parts = [Part(i, formats.shape_of(x), spec) for i, (x, spec) in enumerate(zip(lists[0], specs, strict=True))]
+    mesh, rows = plan.mesh, list(zip(*lists, strict=True))
     # Nor do kernels serve rows that end within a group; and a norm of such a leaf would be that of a shard.
     parted = [
-        not all(map(formats.whole_groups, row)) or any(_parts_groups(x, spec, plan.mesh) for x in row)
-        for row, spec in zip(rows, specs, strict=True)
+        not all(map(formats.whole_groups, row)) or any(_parts_groups(x, part.spec, mesh) for x in row)
+        for row, part in zip(rows, parts, strict=True)
     ]
     new: list[list[Any]] = [[None] * len(rows) for _ in range(3)]
+    pick = lambda some: [[x[i] for i in some] for x in lists]
 
     def collect(some: list[int], result: Any) -> None:
         for k, column in enumerate(result):
@@ -74,23 +132,36 @@ def run_on_shards(
                 new[k][i] = leaf
 
     if some := [i for i, is_parted in enumerate(parted) if is_parted]:
-        pick = [[x[i] for i in some] for x in lists]
-        options: Any = {"decay": [decay[i] for i in some], "places": [Place(i) for i in some]}
-        collect(some, op(*pick, scalars, implementation="xla", **options))
+        flags, places = [decay[i] for i in some], _places([parts[i] for i in some], pick(some))
+        collect(some, rule.op(*pick(some), scalars, decay=flags, places=places, implementation="xla"))
     if some := [i for i, is_parted in enumerate(parted) if not is_parted]:
-        mine, shapes = [specs[i] for i in some], [formats.shape_of(lists[0][i]) for i in some]
+        mine = [parts[i] for i in some]
+        specs, shapes = [part.spec for part in mine], [formats.shape_of(lists[0][i]) for i in some]
 
-        def on_shards(*args: Any) -> Any:
-            places = [_place(i, shape, spec, plan.mesh) for i, shape, spec in zip(some, shapes, mine, strict=True)]
-            options = {"across": _sum_over_shards(mine)} if norms else {}
+        def on_shards(lists: list[list[Any]], scalars: Any, where: list[tuple[Any, Any]]) -> Any:
+            here = [dataclasses.replace(part, leaf=i, starts=at) for part, (i, at) in zip(mine, where, strict=True)]
+            places = [part.place(shape, mesh) for part, shape in zip(here, shapes, strict=True)]
+            options = {"across": _sum_over_shards(specs)} if rule.norms else {}
             flags = [decay[i] for i in some]
-            return op(*args, decay=flags, places=places, implementation=implementation, **options)
+            return rule.op(*lists, scalars, decay=flags, places=places, implementation=implementation, **options)
 
+        whole = PartitionSpec()
         shard_map = jax.shard_map(
-            on_shards, in_specs=((mine,) * 4) + (PartitionSpec(),), out_specs=(mine,) * 3, check_vma=False
+            on_shards, in_specs=([specs] * 4, whole, whole), out_specs=(specs,) * 3, check_vma=False
         )
-        collect(some, shard_map(*[[x[i] for i in some] for x in lists], scalars))
+        collect(some, shard_map(pick(some), scalars, [(part.leaf, part.starts) for part in mine]))
     return new
+
+
+def _places(parts: list[Part] | None, lists: list[list[Any]]) -> list[Place] | None:
+    """Of blocks of whole arrays; None for whole leaves."""
+    if parts is None:
+        return None
+    return [part.place(formats.shape_of(x)) for part, x in zip(parts, lists[0], strict=True)]
+
+
+def _wrapped(x: int) -> Any:
+    return np.uint32(x % 2**32).view(np.int32)
 
 
 def _parts_groups(leaf: Any, spec: PartitionSpec, mesh: meshes.AnyMesh) -> bool:
@@ -98,20 +169,6 @@ def _parts_groups(leaf: Any, spec: PartitionSpec, mesh: meshes.AnyMesh) -> bool:
     if not isinstance(leaf, formats.Blocks) or len(spec) < leaf.codes.ndim or not leaf.codes.ndim:
         return False
     return leaf.codes.shape[-1] // meshes.shards(mesh, spec[-1]) % formats.GROUP != 0 and spec[-1] is not None
-
-
-def _place(leaf: int, shape: tuple[int, ...], spec: PartitionSpec, mesh: meshes.AnyMesh) -> Place:
-    """Where this device's shard of a leaf lies in it; inside a `shard_map`."""
-    cuts, behind = [], 1
-    for dim in reversed(range(len(shape))):
-        if axes := meshes.axis_names(spec[dim] if dim < len(spec) else None):
-            n = shape[dim] // meshes.shards(mesh, spec[dim])
-            wrapped = lambda x: np.uint32(x % 2**32).view(np.int32)
-            stride = wrapped((shape[dim] - n) * behind) if dim else 0
-            offset = jax.lax.axis_index(axes) * wrapped(n * behind)
-            cuts.append(formats.Cut(min(n * behind, 2**32 - 1), stride, offset))
-        behind *= shape[dim]
-    return Place(leaf, tuple(cuts))
 
 
 def _sum_over_shards(specs: list[PartitionSpec]) -> Callable[[jax.Array], jax.Array]:

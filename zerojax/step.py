@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,10 +13,11 @@ from jax.sharding import PartitionSpec
 
 from zerojax import meshes
 from zerojax.fused import apply_sharded
-from zerojax.gradients import Layerwise, LossFn, Objective
+from zerojax.gradients import Layerwise, LossFn, Objective, Result
+from zerojax.offload import Streamed, streamed
 from zerojax.plan import Plan
 from zerojax.precision import LossScale, LossScaleState
-from zerojax.zero import zero
+from zerojax.zero import ZeroTransformation, zero
 
 PyTree = Any
 
@@ -36,6 +38,12 @@ class TrainState(NamedTuple):
     opt_state: optax.OptState
     loss_scale: LossScaleState | None
     skipped: jax.Array
+
+
+def check_alive(state: TrainState) -> None:
+    """Raises `ValueError` where a state's arrays are no more."""
+    if isinstance(state.step, jax.Array) and not isinstance(state.step, jax.core.Tracer) and state.step.is_deleted():
+        raise ValueError("this state went into an earlier step, which took its arrays over; use the one it returned.")
 
 
 def create_train_state(
@@ -70,6 +78,9 @@ def create_train_state(
     tx = zero(tx, plan)
     meshes.check_devices(plan.mesh)
     specs = _state_specs(tx, plan, loss_scale)
+    # What goes to the host is made apart, so that the device never holds it all.
+    apart = plan.offload is not None
+    specs = specs._replace(opt_state=None) if apart else specs
 
     def make(init: Callable[..., PyTree], *args: Any, donate: tuple[int, ...] = ()) -> TrainState:
         def create_train_state(*args: Any) -> TrainState:
@@ -77,10 +88,11 @@ def create_train_state(
             plan.check(params)
             params = jax.tree.map(lambda x: jnp.asarray(x, x.dtype), params)  # a Python number is weakly typed
             scale = None if loss_scale is None else loss_scale.init()
-            return TrainState(jnp.int32(0), params, tx.inner.init(params), scale, jnp.int32(0))
+            return TrainState(jnp.int32(0), params, None if apart else tx.inner.init(params), scale, jnp.int32(0))
 
         run = meshes.on_mesh(plan.mesh, create_train_state, specs)
-        return jax.jit(run, out_shardings=meshes.named(plan.mesh, specs), donate_argnums=donate)(*args)
+        state = jax.jit(run, out_shardings=meshes.named(plan.mesh, specs), donate_argnums=donate)(*args)
+        return state._replace(opt_state=tx.init(state.params)) if apart else state
 
     if callable(params_or_init):
         return make(params_or_init, *args)
@@ -95,18 +107,22 @@ def create_train_state(
 class TrainStep:
     """What `make_train_step` returns: call it, or `lower` it to read the compiled program."""
 
-    def __init__(self, run: Callable[..., Any], objective: Objective, state_specs: TrainState) -> None:
-        meshes.check_devices(objective.plan.mesh)
+    def __init__(
+        self, run: Callable[..., Any], objective: Objective, tx: ZeroTransformation, loss_scale: LossScale | None
+    ) -> None:
+        plan = objective.plan
+        meshes.check_devices(plan.mesh)
         self._objective = objective
-        self._treedef: Any = jax.tree.structure(state_specs)
-        self._shardings = shardings = meshes.named(objective.plan.mesh, state_specs)
+        specs = _state_specs(tx, plan, loss_scale)
+        self._shardings = meshes.named(plan.mesh, specs)._replace(opt_state=plan.opt_state(tx))
+        self._treedef: Any = jax.tree.structure(self._shardings)
         self._traced = run  # options of the compiler are the outermost jit's alone
-        self._run = jax.jit(
+        self._run: Any = jax.jit(
             run,
             donate_argnums=0,
-            in_shardings=(shardings, None),
-            out_shardings=(shardings, None),
-            compiler_options=meshes.compiler_options(objective.plan.mesh),
+            in_shardings=(self._shardings, None),
+            out_shardings=(self._shardings, None),
+            compiler_options=meshes.compiler_options(plan.mesh),
         )
 
     def __call__(self, state: TrainState, batch: PyTree) -> tuple[TrainState, dict[str, Any]]:
@@ -130,10 +146,7 @@ class TrainStep:
     def _check(self, state: TrainState) -> None:
         if not isinstance(state, TrainState):
             raise TypeError(f"step wants the TrainState of create_train_state, got {type(state).__name__}.")
-        if not isinstance(state.step, jax.core.Tracer | jax.ShapeDtypeStruct) and state.step.is_deleted():
-            raise ValueError(
-                "this state went into an earlier step, which took its arrays over; use the one it returned."
-            )
+        check_alive(state)
         self._objective.plan.check(state.params)
         if jax.tree.structure(state) != self._treedef:
             raise ValueError(
@@ -152,6 +165,47 @@ class TrainStep:
                     f"step's plan wants {sharding}: it was made with another plan. Pass both the same plan, or place "
                     "the state anew: create_train_state(state.params, tx, plan)."
                 ) from cause
+
+
+class StreamedTrainStep(TrainStep):
+    """A `TrainStep` whose optimizer state is in host memory, and streamed through the device.
+
+    Several programs, dispatched one after another: the gradients, an update for each bucket. `lower` gives the first.
+    """
+
+    def __init__(
+        self,
+        run: Callable[..., Any],
+        objective: Objective,
+        tx: ZeroTransformation,
+        loss_scale: LossScale | None,
+        first: Callable[..., Any],
+        stream: Streamed,
+    ) -> None:
+        super().__init__(run, objective, tx, loss_scale)
+        self._stream = stream
+        rest = self._shardings._replace(params=None, opt_state=None)
+        self._first = jax.jit(
+            first,
+            donate_argnums=2,
+            in_shardings=(None, self._shardings.params, rest, None),
+            compiler_options=meshes.compiler_options(objective.plan.mesh),
+        )
+        self._run = self._streamed
+
+    def _streamed(self, state: TrainState, batch: PyTree) -> tuple[TrainState, dict[str, Any]]:
+        walk = self._stream.walk(state.opt_state, state.params, consume=True)
+        begun, new, metrics = self._first(*self._parts(state), batch)
+        params, opt_state = walk.finish(begun)
+        return new._replace(params=params, opt_state=opt_state), metrics
+
+    def lower(self, state: TrainState, batch: PyTree) -> jax.stages.Lowered:
+        """As `jax.jit(...).lower`, of the program that computes the gradients; arrays or `ShapeDtypeStruct`s."""
+        self._check(state)
+        return self._first.lower(*self._parts(state), place_batch(self._objective, batch))
+
+    def _parts(self, state: TrainState) -> tuple[list[jax.Array], PyTree, TrainState]:
+        return self._stream.small(state.opt_state), state.params, state._replace(params=None, opt_state=None)
 
 
 def make_train_step(
@@ -178,7 +232,8 @@ def make_train_step(
       has_aux: `loss_fn` returns `(loss, aux)`. Each array in `aux` is reduced as the loss is.
       reduce: "mean" or "sum" of the loss over devices and micro-batches.
       grad_dtype: Dtype in which gradients are summed over devices; each param's own by default. Micro-batches are
-        summed in float32 whatever it is.
+        summed in float32 whatever it is. The optimizer gets gradients in the wider of it and the param's dtype; those
+        of `layerwise` leaves have been rounded to the param's.
       loss_scale: Multiplies the loss, and takes it out of the gradients in float32. A step with an overflow then
         changes nothing but the scale, and is counted.
       layerwise: At stage 3, a regex or predicate on leaf paths: leaves that the model gathers itself, layer by layer,
@@ -194,6 +249,9 @@ def make_train_step(
       ValueError: batch rows are no multiple of devices x micro-batches; params do not match the plan; the loss is no
         scalar.
       TypeError: a param without a gradient (integers).
+
+    Warns:
+      UserWarning: float16 params without a loss scale, once in a process: their small gradients become zero.
 
     Communication:
       Bytes a device and step, for n devices, P bytes of params and G of gradients in the dtype they travel in, times (n
@@ -226,14 +284,18 @@ def make_train_step(
         layerwise=layerwise,
     )
     state_specs = _state_specs(tx, plan, loss_scale)
+    if loss_scale is None:
+        _warn_of_float16(plan)
 
-    def train_step(state: TrainState, batch: PyTree) -> tuple[TrainState, dict[str, Any]]:
-        scale = None if state.loss_scale is None else state.loss_scale.scale
-        out = objective.loss_and_grads(state.params, batch, sharded=plan.stage >= 1, scale=scale)
-        skips = loss_scale is not None or getattr(tx.inner, "skips", False)
-        finite = out.finite if skips else None
-        params, opt_state = apply_sharded(tx, out.grads, state.opt_state, state.params, finite=finite, value=out.loss)
-        new = state._replace(step=state.step + 1, params=params, opt_state=opt_state)
+    skips = loss_scale is not None or getattr(tx.inner, "skips", False)
+
+    def gradients(params: PyTree, scale: LossScaleState | None, batch: PyTree) -> Result:
+        factor = None if scale is None else scale.scale
+        return objective.loss_and_grads(params, batch, sharded=plan.stage >= 1, scale=factor)
+
+    def after(state: TrainState, out: Result) -> tuple[TrainState, dict[str, Any]]:
+        """All of the next state but params and optimizer state; metrics."""
+        new = state._replace(step=state.step + 1)
         metrics = {"loss": out.loss, "grad_norm": out.norm, "finite": out.finite}
         if skips:
             new = new._replace(skipped=state.skipped + ~out.finite)
@@ -242,7 +304,34 @@ def make_train_step(
             metrics |= scale_metrics
         return new, metrics | {"skipped": new.skipped} | ({"aux": out.aux} if has_aux else {})
 
-    return TrainStep(meshes.on_mesh(plan.mesh, train_step, (state_specs, PartitionSpec())), objective, state_specs)
+    def train_step(state: TrainState, batch: PyTree) -> tuple[TrainState, dict[str, Any]]:
+        out = gradients(state.params, state.loss_scale, batch)
+        finite = out.finite if skips else None
+        params, opt_state = apply_sharded(tx, out.grads, state.opt_state, state.params, finite=finite, value=out.loss)
+        new, metrics = after(state, out)
+        return new._replace(params=params, opt_state=opt_state), metrics
+
+    def begin(
+        small: list[jax.Array], params: PyTree, state: TrainState, batch: PyTree
+    ) -> tuple[Any, TrainState, dict[str, Any]]:
+        """As `train_step`, up to the first bucket; `state` lacks params and `opt_state`."""
+        out = gradients(params, state.loss_scale, batch)
+        assert stream is not None
+        begun = stream.begin(out.grads, small, finite=out.finite if skips else None, value=out.loss)
+        new, metrics = after(state, out)
+        return begun, new, metrics
+
+    def at_once(state: TrainState, batch: PyTree) -> tuple[TrainState, dict[str, Any]]:
+        state = state._replace(opt_state=tx.in_use(state.opt_state))
+        new, metrics = meshes.on_mesh(plan.mesh, train_step, (state_specs, PartitionSpec()))(state, batch)
+        return new._replace(opt_state=tx.at_rest(new.opt_state)), metrics
+
+    stream = streamed(tx)
+    if stream is None:
+        return TrainStep(at_once, objective, tx, loss_scale)
+    scalar = PartitionSpec()
+    first = meshes.on_mesh(plan.mesh, begin, (stream.specs, state_specs._replace(params=None, opt_state=None), scalar))
+    return StreamedTrainStep(at_once, objective, tx, loss_scale, first, stream)
 
 
 def make_eval_step(
@@ -341,6 +430,24 @@ def place_batch(objective: Objective, batch: PyTree) -> PyTree:
         return jax.device_put(x, sharding)
 
     return jax.tree_util.tree_map_with_path(place, batch)
+
+
+_warned_of_float16 = False
+
+
+def _warn_of_float16(plan: Plan) -> None:
+    """Warns, once in a process, of float16 params whose loss is not scaled."""
+    global _warned_of_float16
+    half = [leaf.name for leaf in plan.leaves if leaf.dtype == jnp.float16]
+    if not half or _warned_of_float16:
+        return
+    _warned_of_float16 = True
+    warnings.warn(
+        f"make_train_step: {len(half)} params are float16, {half[0]!r} for one, and the loss is not scaled: gradients "
+        "below 6e-8 become zero, and sums above 65504 infinite. Pass loss_scale=zerojax.dynamic_loss_scale() to "
+        "create_train_state and make_train_step, or take bfloat16 params, which need none.",
+        stacklevel=3,
+    )
 
 
 def _next_scale(loss_scale: LossScale, state: TrainState, finite: jax.Array) -> tuple[TrainState, dict[str, Any]]:

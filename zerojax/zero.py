@@ -9,10 +9,11 @@ import jax
 import numpy as np
 import optax
 
-from zerojax import meshes
+from zerojax import host, meshes
 from zerojax.plan import Plan
 
 PyTree = Any
+_INIT_BYTES = 2**30
 
 
 class ZeroTransformation(optax.GradientTransformationExtraArgs):
@@ -27,6 +28,24 @@ class ZeroTransformation(optax.GradientTransformationExtraArgs):
         self = super().__new__(cls, init, update)
         self.inner, self.plan = inner, plan
         return self
+
+    @functools.cached_property
+    def rests(self) -> PyTree:
+        """How each leaf of the state is kept."""
+        return self.plan.rests(self.inner)
+
+    def in_use(self, state: PyTree) -> PyTree:
+        """A state, all its leaves whole and on the device; inside a jit."""
+        return jax.tree.map(lambda rest, x: host.in_use(x, rest, self.plan.mesh), self.rests, state)
+
+    def at_rest(self, state: PyTree) -> PyTree:
+        """A state as the plan keeps it; inside a jit."""
+        return jax.tree.map(lambda rest, x: host.at_rest(x, rest, self.plan.mesh), self.rests, state)
+
+    @property
+    def unit(self) -> str | None:
+        """As of a `FusedTransformation`, where `inner` is one."""
+        return getattr(self.inner, "unit", None)
 
 
 def zero(inner: optax.GradientTransformation, plan: Plan) -> ZeroTransformation:
@@ -88,12 +107,38 @@ def zero(inner: optax.GradientTransformation, plan: Plan) -> ZeroTransformation:
 
         f = meshes.on_mesh(plan.mesh, sharded_init, state_specs())
         if meshes.tracing(params):
-            return f(params)
+            return tx.at_rest(f(params))
         meshes.check_devices(plan.mesh)
+        if plan.offload is not None and not any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(params)):
+            return init_by_parts(params)
         # Eagerly, Optax would make the whole state on each device before it could be cut.
         if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(params)):
-            return jax.jit(lambda: inner.init(params), out_shardings=plan.opt_state(inner))()
+            return jax.jit(lambda: tx.at_rest(inner.init(params)), out_shardings=plan.opt_state(inner))()
         return jax.jit(f, out_shardings=plan.opt_state(inner))(jax.device_put(params, plan.params))
+
+    def init_by_parts(params: PyTree) -> PyTree:
+        """Leaves by the gigabyte, so that no more of what goes to the host is ever on the device."""
+        host.check_room(plan.memory(inner).host, plan.mesh)
+        leaves, treedef = jax.tree.leaves(tx.rests), jax.tree.structure(tx.rests)
+        params = jax.device_put(params, plan.params)
+        groups: list[list[int]] = []
+        for i in range(len(leaves)):
+            if not groups or sum(leaves[k].size for k in groups[-1]) + leaves[i].size > _INIT_BYTES:
+                groups.append([])
+            groups[-1].append(i)
+        made: list[Any] = []
+        for group in groups:
+
+            def some(params: PyTree, group: list[int] = group) -> list[Any]:
+                state = jax.tree.leaves(inner.init(meshes.constrain(params, plan.update_specs)))
+                return [state[i] for i in group]
+
+            run = meshes.on_mesh(plan.mesh, some, [leaves[i].spec for i in group])
+            kept = lambda params, run=run, group=group: [
+                host.cut(x, leaves[i].grid) for x, i in zip(run(params), group, strict=True)
+            ]
+            made += jax.jit(kept, out_shardings=[leaves[i].sharding(plan.mesh) for i in group])(params)
+        return jax.tree.unflatten(treedef, made)
 
     def sharded_update(
         functions: dict[str, Any], updates: PyTree, state: PyTree, params: PyTree | None, arrays: dict[str, Any]
@@ -106,7 +151,9 @@ def zero(inner: optax.GradientTransformation, plan: Plan) -> ZeroTransformation:
                 params = meshes.constrain(params, plan.update_specs)
             return inner.update(updates, state, params, **arrays, **functions)
 
-        return meshes.on_mesh(plan.mesh, body, (plan.param_specs, state_specs()))(updates, state, params, arrays)
+        run = meshes.on_mesh(plan.mesh, body, (plan.param_specs, state_specs()))
+        updates, state = run(updates, tx.in_use(state), params, arrays)
+        return updates, tx.at_rest(state)
 
     plain_update = functools.partial(sharded_update, {})
     jitted_update = jax.jit(plain_update)
@@ -126,7 +173,8 @@ def zero(inner: optax.GradientTransformation, plan: Plan) -> ZeroTransformation:
             return (run if tracing else jax.jit(run))(updates, state, params, arrays)
         return (plain_update if tracing else jitted_update)(updates, state, params, arrays)
 
-    return ZeroTransformation(init, update, inner, plan)
+    tx = ZeroTransformation(init, update, inner, plan)
+    return tx
 
 
 def _is_array(x: Any) -> bool:
