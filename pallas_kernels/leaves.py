@@ -219,19 +219,20 @@ class _Launch:
             refs, partials = refs[: len(refs) - self.sums], refs[len(refs) - self.sums :]
             index = jax.lax.axis_index("blocks")
             find, load, key_and_place, store = self._inlined(arrays, layout, factors, numbers)
-            words, row, number = find(index, *refs)
+            found = list(find(index, *refs))
+            words = [found.pop(0) for _ in range(tiles.Leaf.words_of(len(arrays)))]
             here = Here(
                 scalars=[scalars_ref[k] for k in range(scalars.size)],
-                factors=list(row),
-                bits=formats.random_bits(*key_and_place(words, number)) if number else None,
+                factors=[found.pop(0) for _ in range(factors.shape[1])],
+                bits=formats.random_bits(*key_and_place(*words, *found)) if found else None,
                 exact=tools[0],
                 fast=tools[1],
             )
-            new = self.body(here, *load(words))
+            new = self.body(here, *load(*words))
             for ref, x in zip(partials, new[self.writes :], strict=True):
                 ref[index] = jnp.sum(x)
             if self.writes:
-                store(here.scalars[-1], words, tuple(new[: self.writes]))
+                store(here.scalars[-1], *words, *new[: self.writes])
 
         refs = [jax.new_ref(x) for leaves in arrays[: self.writes] for x in leaves]
         read = [*itertools.chain(*arrays[self.writes :]), *(table.reshape(-1) for table in tables)]
@@ -260,7 +261,7 @@ class _Launch:
         ragged = any(x.size % self.config.vector for x in arrays[0])
         scalar = lambda dtype: plgpu.ShapeDtypeStruct((), dtype, layout=splat)
         block = lambda dtype: plgpu.ShapeDtypeStruct((self.config.block,), dtype, layout=layout)
-        words = (splat,) * tiles.Leaf.words_of(len(arrays))
+        words = tiles.Leaf.words_of(len(arrays))
 
         def here(words: Sequence[Any]) -> tiles.Block:
             leaf = tiles.Leaf.of([*map(mlir.scalar, words)])
@@ -269,9 +270,9 @@ class _Launch:
         @plgpu.inline_mgpu(
             arg_types=(splat, *[plgpu.RefType()] * (count * len(arrays) + (width > 0) + (columns > 0))),
             return_type=(
-                (scalar(jnp.int32),) * len(words),
-                (scalar(jnp.float32),) * width,
-                (scalar(jnp.int32),) * columns,
+                *[scalar(jnp.int32)] * words,
+                *[scalar(jnp.float32)] * width,
+                *[scalar(jnp.int32)] * columns,
             ),
         )
         def find(_: Any, index: Any, *refs: Any) -> tuple[Any, ...]:
@@ -279,22 +280,22 @@ class _Launch:
             leaf = tiles.select(index, [refs[i::count] for i in range(count)], starts, self.config.block)
             row = [tiles.number(tables[0], leaf.number, k, width) for k in range(width)]
             number = [tiles.number(tables[-1], leaf.number, k, columns) for k in range(columns)]
-            return tuple(tuple(map(tiles.scalar, x)) for x in (leaf.words(), row, number))
+            return tuple(map(tiles.scalar, [*leaf.words(), *row, *number]))
 
-        @plgpu.inline_mgpu(arg_types=(words,), return_type=tuple(block(kinds[a].seen) for a in loaded))
-        def load(_: Any, words: Any) -> tuple[Any, ...]:
+        @plgpu.inline_mgpu(arg_types=(splat,) * words, return_type=tuple(block(kinds[a].seen) for a in loaded))
+        def load(_: Any, *words: Any) -> tuple[Any, ...]:
             return tuple(here(words).load(loaded))
 
-        @plgpu.inline_mgpu(arg_types=(words, (splat,) * columns), return_type=(block(jnp.int32),) * 2)
-        def key_and_place(_: Any, words: Any, number: Any) -> tuple[Any, ...]:
-            key, *cuts = map(mlir.scalar, number)
-            place = here(words).places(_triples(cuts), together=self.together)
+        @plgpu.inline_mgpu(arg_types=(splat,) * (words + columns), return_type=(block(jnp.int32),) * 2)
+        def key_and_place(_: Any, *found: Any) -> tuple[Any, ...]:
+            key, *cuts = map(mlir.scalar, found[words:])
+            place = here(found[:words]).places(_triples(cuts), together=self.together)
             return tiles.splat(key, layout.to_mgpu()), place
 
-        @plgpu.inline_mgpu(arg_types=(splat, words, (layout,) * self.writes), return_type=())
-        def store(_: Any, applied: Any, words: Any, new: Any) -> tuple[Any, ...]:
+        @plgpu.inline_mgpu(arg_types=(*[splat] * (1 + words), *[layout] * self.writes), return_type=())
+        def store(_: Any, applied: Any, *words_and_new: Any) -> tuple[Any, ...]:
             with tiles.where_positive(applied):
-                here(words).store(new)
+                here(words_and_new[:words]).store(words_and_new[words:])
             return ()
 
         return find, load, key_and_place, store
