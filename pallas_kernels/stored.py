@@ -112,10 +112,10 @@ def _keys(kind: Sequence[Format], seed: jax.Array, places: Sequence[Place]) -> l
 
 
 def _config(kind: Sequence[Format]) -> leaves.Config:
-    """Threads load at least 16 bytes at once of the narrowest array, where that is not too much of the widest."""
+    """The fastest measured for adamw on an H200: threads load 16 bytes at once of the narrowest array."""
     if any(f.fast for f in kind):
-        return leaves.Config(vector=16)
-    return leaves.Config(vector=8) if kind[0].narrow else leaves.Config()
+        return leaves.Config(block=2048, vector=16, stages=3)
+    return leaves.Config(vector=8, stages=3) if kind[0].narrow else leaves.Config()
 
 
 def by_service(

@@ -1,8 +1,8 @@
-"""One block of one leaf among many, in the compiler's own terms: the part of `leaves.py` that Pallas has no words for.
+"""One tile of one leaf among many, in the compiler's own terms: the part of `leaves.py` that Pallas has no words for.
 
 A Pallas kernel cannot choose among its refs by a number that it computes. In MLIR a ref is a value like any other, so
-it can be the result of a branch. Nor does it know of registers, where small integers become int32 as they are loaded,
-and neighbours in a row lie in neighbouring lanes of a warp.
+it can be the result of a branch. Nor can its threads copy to shared memory each for itself, which needs no barrier; nor
+does it know of registers, where neighbours of a leaf share one number.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -18,9 +19,13 @@ import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
 from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import arith, memref, vector
+from jaxlib.mlir.dialects import nvvm as _nvvm
 
 from pallas_kernels import mlir
 from pallas_kernels.instructions import array
+
+nvvm: Any = _nvvm  # untyped, as in mlir.py
+THREADS = mlir.WARPS * mlir.LANES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,20 +52,20 @@ class Leaf:
 
     Attributes:
       addresses: Of the leaf's arrays, int64.
-      size: Of the leaf, in elements.
-      first: The first element that is this thread block's.
+      first: The first element that is this thread block's,
+      end: and the first that is no more.
       number: Of the leaf in its launch, int32.
     """
 
     addresses: Sequence[ir.Value]
-    size: ir.Value
     first: ir.Value
+    end: ir.Value
     number: ir.Value
 
     def words(self) -> list[ir.Value]:
         """The same as int32: an array of jax has no room for addresses."""
         i32, i64 = (ir.IntegerType.get_signless(width) for width in (32, 64))
-        long = [*self.addresses, *(arith.index_cast(i64, x) for x in (self.size, self.first))]
+        long = [*self.addresses, *(arith.index_cast(i64, x) for x in (self.first, self.end))]
         halves = [(x, arith.shrui(x, mgpu.c(32, i64))) for x in long]
         return [self.number, *(arith.trunci(i32, x) for pair in halves for x in pair)]
 
@@ -77,75 +82,128 @@ class Leaf:
         for low, high in zip(words[1::2], words[2::2], strict=True):
             upper = arith.shli(arith.extui(i64, high), mgpu.c(32, i64))
             long.append(arith.ori(upper, arith.extui(i64, low)))
-        size, first = map(mlir.to_index, long[-2:])
-        return cls(long[:-2], size, first, words[0])
+        first, end = map(mlir.to_index, long[-2:])
+        return cls(long[:-2], first, end, words[0])
+
+    def tiles(self, elements: int) -> ir.Value:
+        """How many tiles of so many elements are this thread block's, int32."""
+        many = mlir.plus(arith.subi(self.end, self.first), elements - 1)
+        return mlir.to_int32(arith.divui(many, mlir.index(elements)))
 
 
 @dataclasses.dataclass(frozen=True)
-class Block:
-    """What a thread block takes of its leaf's arrays.
+class Ring:
+    """Shared memory where tiles arrive before they are worked on: a slot for each tile, and in it one for each thread.
+
+    A thread copies what it loads itself, so none waits for another.
 
     Attributes:
-      leaf: It is a block of.
       kinds: What the leaf's arrays hold.
-      layout: Of the block over the threads.
+      loaded: Numbers of those that are copied.
+      layout: Of a tile over the threads.
+      stages: Slots.
+    """
+
+    kinds: Sequence[Kind]
+    loaded: Sequence[int]
+    layout: mgpu.WGStridedFragLayout
+    stages: int
+
+    @property
+    def bytes(self) -> int:
+        """Of shared memory."""
+        return self.stages * self._offset(len(self.loaded), 0)
+
+    def copies(self, a: int) -> tuple[int, int]:
+        """In how many copies, of how many bytes, a thread gets an array's vector."""
+        kind = self.kinds[a]
+        if kind.repeat > 1:
+            return 1, 4  # no copy is smaller
+        size = self.layout.vec_size * kind.dtype.itemsize
+        return max(1, size // 16), min(16, size)
+
+    def place(self, start: ir.Value, tile: ir.Value, a: int, vector: int, copy: int) -> ir.Value:
+        """Where one copy of this thread goes, for a tile of this number."""
+        size = self.copies(a)[1]
+        stage = arith.remui(tile, mlir.index(self.stages))
+        here = arith.addi(mlir.times(stage, self._offset(len(self.loaded), 0)), mlir.times(_thread(), size))
+        return mlir.at(start, mlir.plus(here, self._offset(self.loaded.index(a), vector) + copy * THREADS * size))
+
+    def _offset(self, array: int, vector: int) -> int:
+        """Of the so many-th of the copied arrays in a slot."""
+        (vectors,) = self.layout.registers_shape(self.layout.shape)
+        of = lambda a: math.prod(self.copies(a)) * THREADS
+        before = sum(vectors * of(a) for a in self.loaded[:array])
+        return before + (vector * of(self.loaded[array]) if vector else 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """What a thread block takes at once of its leaf's arrays.
+
+    Attributes:
+      leaf: It is a tile of.
+      number: Of the tile in the thread block.
+      kinds: What the leaf's arrays hold.
+      layout: Of the tile over the threads.
       ragged: Whether a leaf may end within a vector.
-      zeros: Whether what lies beyond a leaf's end is zero where it is not ragged, or anything.
     """
 
     leaf: Leaf
+    number: ir.Value
     kinds: Sequence[Kind]
     layout: mgpu.WGStridedFragLayout
     ragged: bool
-    zeros: bool
 
-    def load(self, which: Sequence[int]) -> list[mgpu.FragmentedArray]:
-        """Some of the arrays. All loads are on their way before the first is waited for."""
-        places = self._places()
-        # What neighbours share is spread over them behind the branch: within, it would be waited for.
-        types = [self._element(a) if self._is_shared(a) else self._vector(self._element(a)) for a in which]
-        branch = mlir.scf.IfOp(self._is_whole(), [kind for kind in types for _ in places], has_else=True)
-        with ir.InsertionPoint(branch.then_block):
-            mlir.scf.yield_([self._load_whole(a, at) for a in which for at in places])
-        with ir.InsertionPoint(branch.else_block):
-            vectors = [self._load_inside(which, types, at) for at in places]
-            mlir.scf.yield_([x for column in zip(*vectors, strict=True) for x in column])
-        loaded = iter(branch.results)
-        return [array([self._widened(a, next(loaded)) for _ in places], self.layout, self.kinds[a].seen) for a in which]
+    def fetch(self, ring: Ring, start: ir.Value) -> None:
+        """Begins to copy to the ring, which starts there; zeros of what lies beyond the end."""
 
-    def _load_inside(self, which: Sequence[int], types: Sequence[ir.Type], at: ir.Value) -> list[ir.Value]:
-        """A vector of each array, where the block is not whole."""
-        branch = mlir.scf.IfOp(self._has(at), types, has_else=True)
-        with ir.InsertionPoint(branch.then_block):
-            mlir.scf.yield_([self._load_whole(a, at) for a in which])
-        with ir.InsertionPoint(branch.else_block):
-            beyond = lambda a, kind: self._load_part(a, at) if self.ragged else self._nothing(kind)
-            mlir.scf.yield_(list(map(beyond, which, types)))
-        return list(branch.results)
+        def copy(*, whole: bool) -> None:
+            for a in ring.loaded:
+                many, size = ring.copies(a)
+                # What one copy has half of a sector of stays in the L1 for the other.
+                modifier = nvvm.LoadCacheModifierKind.CG if (many, size) == (1, 16) else nvvm.LoadCacheModifierKind.CA
+                for v, at in enumerate(self._places()):
+                    offset, left = self._offset(a, at), None
+                    if self._is_shared(a):
+                        offset = arith.andi(offset, mlir.index(-4))
+                    for k in range(many):
+                        here = mlir.plus(offset, k * size)
+                        if not whole:
+                            beyond = arith.subi(
+                                self._offset(a, mlir.plus(self.leaf.end, self.kinds[a].repeat - 1)), here
+                            )
+                            left = mlir.to_int32(arith.minsi(arith.maxsi(beyond, mlir.index(0)), mlir.index(size)))
+                        target, source = ring.place(start, self.number, a, v, k), self._address(a, here)
+                        nvvm.cp_async_shared_global(target, source, size, modifier, cp_size=left)
 
-    def _nothing(self, kind: ir.Type) -> ir.Value:
-        """For a vector beyond the leaf's end."""
-        return _zero(kind) if self.zeros else mlir.llvm.mlir_undef(kind)
+        mlir.branch(self._is_whole(), lambda: copy(whole=True), lambda: copy(whole=False))
+        nvvm.cp_async_commit_group()
 
-    def _load_whole(self, a: int, at: ir.Value) -> ir.Value:
-        kind = self._element(a) if self._is_shared(a) else self._vector(self._element(a))
-        return mlir.load(kind, self._address(a, at))
+    def load(self, ring: Ring, start: ir.Value) -> list[mgpu.FragmentedArray]:
+        """The arrays from the ring, where the tile is by now."""
+        nvvm.cp_async_wait_group(ring.stages - 2)
+        loaded = []
+        for a in ring.loaded:
+            registers = [self._loaded(a, ring, start, v, at) for v, at in enumerate(self._places())]
+            loaded.append(array(registers, self.layout, self.kinds[a].seen))
+        return loaded
 
-    def _load_part(self, a: int, at: ir.Value) -> ir.Value:
-        element = self._element(a)
-
-        def one(at: ir.Value) -> ir.Value:
-            inside = mlir.less(at, self.leaf.size)
-            return mlir.when(inside, lambda: mlir.load(element, self._address(a, at)), mgpu.c(0, element))
-
+    def _loaded(self, a: int, ring: Ring, start: ir.Value, v: int, at: ir.Value) -> ir.Value:
+        element, (many, size) = self._element(a), ring.copies(a)
+        places = [ring.place(start, self.number, a, v, k) for k in range(many)]
         if self._is_shared(a):
-            return one(at)
-        return vector.from_elements(self._vector(element), [one(mlir.plus(at, j)) for j in range(self.layout.vec_size)])
+            which = arith.andi(self._offset(a, at), mlir.index(3))
+            return self._widened(a, mlir.load(element, mlir.at(places[0], which)))
+        part = ir.VectorType.get((size // self.kinds[a].dtype.itemsize,), element)
+        parts = [mlir.load(part, place) for place in places]
+        if many == 1:
+            return parts[0]
+        elements = [vector.extract(x, [], [j]) for x in parts for j in range(part.shape[0])]
+        return vector.from_elements(self._vector(element), elements)
 
     def _widened(self, a: int, x: ir.Value) -> ir.Value:
-        """A vector in the dtype of registers."""
-        if not self._is_shared(a):
-            return x
+        """A vector of what neighbours share."""
         i32 = ir.IntegerType.get_signless(32)
         extend = arith.extsi if jnp.issubdtype(self.kinds[a].dtype, jnp.signedinteger) else arith.extui
         return vector.broadcast(self._vector(i32), extend(i32, x))
@@ -180,17 +238,19 @@ class Block:
 
     def _store_whole(self, a: int, at: ir.Value, x: ir.Value) -> None:
         if not self._is_shared(a):
-            return mlir.store(x, self._address(a, at))
+            return mlir.store(x, self._address(a, self._offset(a, at)))
         first = mlir.equal(arith.remui(at, mlir.index(self.kinds[a].repeat)), 0)
-        return mlir.when(first, lambda: mlir.store(x, self._address(a, at)))
+        return mlir.when(first, lambda: mlir.store(x, self._address(a, self._offset(a, at))))
 
     def _store_part(self, a: int, at: ir.Value, x: ir.Value) -> None:
         if self._is_shared(a):
-            return mlir.when(mlir.less(at, self.leaf.size), lambda: self._store_whole(a, at, x))
+            return mlir.when(mlir.less(at, self.leaf.end), lambda: self._store_whole(a, at, x))
         for j in range(self.layout.vec_size):
             here = mlir.plus(at, j)
-            store = lambda j=j, here=here: mlir.store(vector.extract(x, [], [j]), self._address(a, here))
-            mlir.when(mlir.less(here, self.leaf.size), store)
+            store = lambda j=j, here=here: mlir.store(
+                vector.extract(x, [], [j]), self._address(a, self._offset(a, here))
+            )
+            mlir.when(mlir.less(here, self.leaf.end), store)
         return None
 
     def places(self, cuts: Sequence[Sequence[ir.Value]], *, together: bool) -> mgpu.FragmentedArray:
@@ -229,27 +289,35 @@ class Block:
     def _is_shared(self, a: int) -> bool:
         return self.kinds[a].repeat > 1
 
-    def _address(self, a: int, at: ir.Value) -> ir.Value:
-        """Of what the array holds for an element of the leaf."""
+    def _offset(self, a: int, at: ir.Value) -> ir.Value:
+        """Of what the array holds for an element of the leaf, in bytes."""
         kind = self.kinds[a]
-        offset = mlir.times(arith.divui(at, mlir.index(kind.repeat)), kind.dtype.itemsize)
+        return mlir.times(arith.divui(at, mlir.index(kind.repeat)), kind.dtype.itemsize)
+
+    def _address(self, a: int, offset: ir.Value) -> ir.Value:
         pointer = mlir.llvm.inttoptr(mlir.llvm.PointerType.get(address_space=mlir.GLOBAL), self.leaf.addresses[a])
         return mlir.at(pointer, offset)
 
     def _places(self) -> list[ir.Value]:
         """Where each of this thread's vectors begins, in elements of the leaf."""
-        thread = arith.remui(mlir.to_index(mgpu.thread_idx()), mlir.index(128))
-        first = arith.addi(self.leaf.first, arith.muli(thread, mlir.index(self.layout.vec_size)))
+        first = arith.addi(self._first(), mlir.times(_thread(), self.layout.vec_size))
         (vectors,) = self.layout.registers_shape(self.layout.shape)
-        return [mlir.plus(first, k * 128 * self.layout.vec_size) for k in range(vectors)]
+        return [mlir.plus(first, k * THREADS * self.layout.vec_size) for k in range(vectors)]
+
+    def _first(self) -> ir.Value:
+        return arith.addi(self.leaf.first, mlir.times(self.number, self.layout.shape[0]))
 
     def _is_whole(self) -> ir.Value:
-        """Whether the leaf has all elements of the block."""
-        return mlir.less(mlir.plus(self.leaf.first, self.layout.shape[0] - 1), self.leaf.size)
+        """Whether the leaf has all elements of the tile."""
+        return mlir.less(mlir.plus(self._first(), self.layout.shape[0] - 1), self.leaf.end)
 
     def _has(self, at: ir.Value) -> ir.Value:
         """Whether it has all elements of a vector."""
-        return mlir.less(mlir.plus(at, self.layout.vec_size - 1), self.leaf.size)
+        return mlir.less(mlir.plus(at, self.layout.vec_size - 1), self.leaf.end)
+
+
+def _thread() -> ir.Value:
+    return arith.remui(mlir.to_index(mgpu.thread_idx()), mlir.index(THREADS))
 
 
 def select(index: Any, leaves: Sequence[Sequence[ir.Value]], starts: Sequence[int], elements: int) -> Leaf:
@@ -279,7 +347,8 @@ def select(index: Any, leaves: Sequence[Sequence[ir.Value]], starts: Sequence[in
         return list(branch.results)
 
     *addresses, start, size, number = pick(0, len(leaves))
-    return Leaf(addresses, size, mlir.times(arith.subi(here, start), elements), number)
+    first = mlir.times(arith.subi(here, start), elements)
+    return Leaf(addresses, first, arith.minsi(size, mlir.plus(first, elements)), number)
 
 
 @contextlib.contextmanager
@@ -308,7 +377,3 @@ def splat(value: ir.Value, layout: Any) -> mgpu.FragmentedArray:
     register = vector.broadcast(layout.registers_element_type(value.type), value)
     (vectors,) = layout.registers_shape(layout.shape)
     return array([register] * vectors, layout, np.dtype("int32"))
-
-
-def _zero(kind: ir.Type) -> ir.Value:
-    return vector.broadcast(kind, mgpu.c(0, kind.element_type)) if isinstance(kind, ir.VectorType) else mgpu.c(0, kind)
