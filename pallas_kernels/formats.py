@@ -149,8 +149,14 @@ class Tools:
     Attributes:
       sqrt: Square root.
       divide: `divide(a, b)`, a / b.
-      floor: The integer below, of numbers of magnitude below 2**22, as int32 and as float32.
-      group_max: Gives the largest of each `GROUP` neighbours along the last dim, to each of them.
+      floor: The integer below, of numbers of magnitude below 2**22, as int32 modulo 256 and as float32.
+      at_most: `at_most(x, limit)`, the smaller, and the limit of NaN.
+      group_max: Gives the largest magnitude of each `GROUP` neighbours along the last dim, to each of them; NaN counts
+        for nothing.
+      unpack: float32 of 8-bit integers.
+      pack: `pack(x, dtype)`, 8-bit integers of int32 modulo 256.
+      join: float32 of `Split`'s arrays.
+      halves: `Split`'s arrays of float32.
       once: Of a value that several arrays are made of. XLA may compute it for each, rounded otherwise in the last bit:
         halves of two weights, or codes for another exponent.
     """
@@ -158,8 +164,13 @@ class Tools:
     sqrt: Callable[[Array], Array]
     divide: Callable[[Array, Array], Array]
     floor: Callable[[Array], tuple[Array, Array]]
+    at_most: Callable[[Array, float], Array]
     group_max: Callable[[Array], Array]
-    once: Callable[[Array], Array] = lambda x: x
+    unpack: Callable[[Array], Array]
+    pack: Callable[[Array, Any], Array]
+    join: Callable[[Array, Array], Array]
+    halves: Callable[[Array], Sequence[Array]]
+    once: Callable[[Array], Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,7 +205,7 @@ class Format:
         """Whether the first array has elements of 16 bits or fewer."""
         return jnp.dtype(self.dtypes[0]).itemsize <= 2
 
-    def decode(self, arrays: Sequence[Array]) -> Array:
+    def decode(self, arrays: Sequence[Array], tools: Tools) -> Array:
         """float32 (or wider) of arrays as `seen` gives them."""
         return widen(arrays[0])
 
@@ -225,15 +236,11 @@ class Format:
 
 
 class _SplitFormat(Format):
-    def decode(self, arrays: Sequence[Array]) -> Array:
-        high, low = arrays
-        upper = lax.bitcast_convert_type(high, jnp.int16).astype(jnp.int32)
-        return lax.bitcast_convert_type(lax.shift_left(upper, _like(16, upper)) | low, jnp.float32)
+    def decode(self, arrays: Sequence[Array], tools: Tools) -> Array:
+        return tools.join(*arrays)
 
     def encode(self, value: Array, bits: Array | None, tools: Tools) -> list[Array]:
-        exact = lax.bitcast_convert_type(tools.once(value), jnp.int32)
-        upper = lax.shift_right_logical(exact, _like(16, exact)).astype(jnp.int16)
-        return [lax.bitcast_convert_type(upper, jnp.bfloat16), exact & _like(65535, exact)]
+        return list(tools.halves(tools.once(value)))
 
 
 class _CopiedFormat(Format):
@@ -259,35 +266,38 @@ class _BlocksFormat(Format):
     def signed(self) -> bool:
         return self.dtypes[0] == "int8"
 
-    def decode(self, arrays: Sequence[Array]) -> Array:
+    def decode(self, arrays: Sequence[Array], tools: Tools) -> Array:
         codes, exponents = arrays
-        value = codes.astype(jnp.float32) * _power(exponents)
+        value = tools.unpack(codes) * _power(exponents)
         return value if self.signed else value * value
 
     def encode(self, value: Array, bits: Array | None, tools: Tools) -> list[Array]:
         assert bits is not None
         root = value if self.signed else tools.sqrt(value)
-        # One that is not finite gets the largest code, and leaves its neighbours alone.
-        finite = jnp.abs(root) < _like(math.inf, root)
-        root = jnp.where(finite, root, _like(0.0, root))
+        # One that is not finite, NaN by now, gets the largest code, and leaves its neighbours alone.
+        root = root + 0 * root
         # The least power of two by which all codes fit, with a margin for rounding: 0x7FFFFF carries into the exponent.
-        bound = tools.group_max(jnp.abs(root)) * (1.0001 / (127 if self.signed else 255))
+        bound = tools.group_max(root) * (1.0001 / (127 if self.signed else 255))
         ceil = lax.bitcast_convert_type(bound, jnp.int32) + _like(0x7FFFFF, bits)
         exponents = lax.shift_right_logical(ceil, _like(23, bits)) - 127
         exponents = tools.once(jnp.clip(exponents, _like(-126, bits), _like(126, bits)))
         scaled = root * _power(-exponents)
-        one_to_two = lax.bitcast_convert_type(
-            lax.shift_left(self._uniform(bits), _like(7, bits)) | _like(0x3F800000, bits), jnp.float32
-        )
+        random = self._fraction(bits)
         if self.signed:
-            codes, _ = tools.floor(scaled + (one_to_two - 1))
-            return [jnp.where(finite, codes, _like(127, codes)), exponents]
-        # Unbiased in the moment, not in its root: up in proportion to the way from this code's square to the next's.
-        codes, low = tools.floor(scaled)
-        up = scaled * scaled - low * low > (one_to_two - 1) * (2 * low + 1)
-        codes += _where(up, codes)
-        # What is not zero must not become so, since it is divided by; zeros get the least code of their neighbours.
-        return [jnp.where(finite, jnp.maximum(codes, _like(1, codes)), _like(255, codes)), exponents]
+            codes, _ = tools.floor(tools.at_most(scaled + random, 127.0))
+        else:
+            # What is not zero must not become so, since it is divided by; zeros get the least code of their neighbours.
+            scaled = jnp.maximum(tools.at_most(scaled, 255.0), 1.0)
+            # Unbiased in the moment, not in its root: up by the share of the way from this code's square to the next's.
+            codes, low = tools.floor(scaled)
+            missing = low * (low + 2 * random) + random - scaled * scaled  # if negative, up
+            codes += lax.shift_right_logical(lax.bitcast_convert_type(missing, jnp.int32), _like(31, codes))
+        return [tools.pack(codes, self.dtypes[0]), exponents]
+
+    def _fraction(self, bits: Array) -> Array:
+        """float32 from 0 to 1, without it: a number of 2**23 and more has its integer in its last bits."""
+        shifted = lax.bitcast_convert_type(self._uniform(bits) | _like(0x4B000000, bits), jnp.float32)
+        return shifted * 2.0**-16 - 2.0**7
 
 
 def format_of(leaf: Any, *, half: int | None = None) -> Format:
@@ -309,13 +319,11 @@ def leaf_of(arrays: Sequence[Array], like: Any) -> Any:
 
 
 def seen(leaf: Any) -> list[Array]:
-    """A leaf's arrays as a kernel's body sees them: of the leaf's shape, small integers as int32."""
+    """A leaf's arrays as a kernel's body sees them: of the leaf's shape, exponents as int32."""
     if isinstance(leaf, Blocks):
         n = shape_of(leaf)[-1:]
         spread = jnp.repeat(leaf.exponents, GROUP, axis=-1)[..., : n[0] if n else 1].reshape(leaf.codes.shape)
-        return [leaf.codes.astype(jnp.int32), spread.astype(jnp.int32)]
-    if isinstance(leaf, Split):
-        return [leaf.high, leaf.low.astype(jnp.int32)]
+        return [leaf.codes, spread.astype(jnp.int32)]
     return arrays_of(leaf)
 
 
@@ -323,12 +331,7 @@ def unseen(arrays: Sequence[Array], like: Any) -> Any:
     """The leaf of arrays as `seen` gives them."""
     if isinstance(like, Blocks):
         codes, exponents = arrays
-        return Blocks(
-            codes.astype(like.codes.dtype), jnp.atleast_1d(exponents)[..., ::GROUP].astype(like.exponents.dtype)
-        )
-    if isinstance(like, Split):
-        # By way of uint32: from the int32 of a float32's bits XLA on an H200 converts the float32 (jax 0.11.2).
-        return Split(arrays[0], lax.bitcast_convert_type(arrays[1], jnp.uint32).astype(jnp.uint16))
+        return Blocks(codes, jnp.atleast_1d(exponents)[..., ::GROUP].astype(like.exponents.dtype))
     return leaf_of(arrays, like)
 
 
@@ -338,8 +341,9 @@ def whole_groups(leaf: Any) -> bool:
 
 
 def group_max(x: Array) -> Array:
-    """The largest of each `GROUP` neighbours along the last dim, to each of them."""
+    """The largest magnitude of each `GROUP` neighbours along the last dim, to each of them; NaN counts for nothing."""
     n = x.shape[-1] if x.ndim else 1
+    x = jnp.where(jnp.isnan(x), 0, jnp.abs(x))
     rows = jnp.pad(x.reshape(*x.shape[:-1], n), [(0, 0)] * max(x.ndim - 1, 0) + [(0, -n % GROUP)])
     largest = jnp.max(rows.reshape(*rows.shape[:-1], rows.shape[-1] // GROUP, GROUP), axis=-1)
     return jnp.repeat(largest, GROUP, axis=-1)[..., :n].reshape(x.shape)
@@ -349,14 +353,19 @@ EXACT = Tools(
     sqrt=jnp.sqrt,
     divide=jnp.divide,
     floor=lambda x: (jnp.floor(x).astype(jnp.int32), jnp.floor(x)),
+    at_most=lambda x, limit: jnp.where(x < limit, x, limit),
     group_max=group_max,
+    unpack=lambda x: x.astype(jnp.float32),
+    pack=lambda x, dtype: x.astype(dtype),
+    join=lambda high, low: joined(Split(high, low)),
+    halves=split,
     once=lax.optimization_barrier,
 )
 
 
 def decode(leaf: Any) -> Array:
     """float32 (or wider) of a leaf."""
-    return format_of(leaf).decode(seen(leaf))
+    return format_of(leaf).decode(seen(leaf), EXACT)
 
 
 def encode(value: Array, like: Any, *, half: int | None = None, seed: Any = None, place: Place = WHOLE) -> Any:
@@ -391,11 +400,6 @@ def widen(x: Array) -> Array:
 def _power(exponent: Array) -> Array:
     """2**exponent, float32, for exponents from -126 to 127."""
     return lax.bitcast_convert_type(lax.shift_left(exponent + 127, _like(23, exponent)), jnp.float32)
-
-
-def _where(condition: Array, like: Array) -> Array:
-    """1 where a condition holds, else 0."""
-    return jnp.where(condition, _like(1, like), _like(0, like))
 
 
 def _like(number: float, x: Array) -> Array:

@@ -1,9 +1,11 @@
 """Elementwise work on many leaves in one launch, in place: what the optimizer kernels have in common.
 
 A launch for each leaf costs some microseconds of a GPU that a small leaf keeps busy for one. So a launch takes all
-leaves of the same dtypes, cuts each into blocks, and a block finds its leaf by a binary tree of comparisons with the
-grid index, which picks base addresses; the code that loads, computes and stores is there once, however many leaves
-there are. The tree halves the number of blocks at each step, so that blocks of large leaves find theirs in few.
+leaves of the same dtypes, cuts each among thread blocks, and a block finds its leaf by a binary tree of comparisons
+with the grid index, which picks base addresses; the code that loads, computes and stores is there once, however many
+leaves there are. The tree halves the number of blocks at each step, so that blocks of large leaves find theirs in few.
+A block takes its part of the leaf tile by tile, and the next tiles are on their way to shared memory while it computes
+one: a step on 8-bit moments, which is much work for few bytes, runs at 0.97 of the memory's pace so, and at 0.70 else.
 """
 
 from __future__ import annotations
@@ -20,10 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 
-from pallas_kernels import dispatch, formats, tiles
+from pallas_kernels import dispatch, formats, instructions, mlir, tiles
 from pallas_kernels.dispatch import plgpu
 
-THREADS = 128  # of a warpgroup
 CHUNK = 1024  # sums of blocks that are added at once
 _WARPGROUP = plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup)
 
@@ -32,20 +33,25 @@ _WARPGROUP = plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.War
 class Config:
     """Launch choices: they change speed, never values.
 
-    The defaults are the fastest measured for adamw on an H200. A launch of few leaves has a short tree, one
+    The defaults are the fastest measured for adamw in float32 on an H200, where more thread blocks of one tile do as
+    well as tiles in a row. A launch of few leaves has a short tree, one
     of many elements hides the few microseconds that a launch costs: 1.3B params in 292 leaves take 8.85 ms by 24
     leaves a launch and 10.0 ms by one; 300 small leaves 39 us in one, 45 us in three.
 
     Attributes:
-      block: Elements of a leaf that one thread block takes.
-      vector: Neighbouring elements that one thread loads at once, 16 bytes of float32.
+      block: Elements of a leaf that one thread block takes at once, a tile.
+      vector: Neighbouring elements that one thread loads at once, 4 to 32: 16 bytes of float32.
+      tiles: That a thread block takes, one after the other.
+      stages: Tiles that are on their way or being worked on, 2 at least.
       leaves: A launch has at least so many leaves, where there are,
       elements: and at least so many elements,
       max_leaves: but no more leaves than this: each array is 8 of the 32,764 bytes that a kernel's parameters may have.
     """
 
-    block: int = 2048
+    block: int = 1024
     vector: int = 4
+    tiles: int = 1
+    stages: int = 2
     leaves: int = 24
     elements: int = 2**25
     max_leaves: int = 500
@@ -57,7 +63,7 @@ class Here:
 
     Attributes:
       scalars: float32 scalars of the launch.
-      factors: Blocks, each filled with one of the leaf's factors.
+      factors: float32 scalars of the leaf.
       bits: int32 block, random bits of each element; None without keys.
       exact: Right to 2 units in the last place.
       fast: By single instructions, which take numbers below 2**-126 for zero.
@@ -210,92 +216,116 @@ class _Launch:
           factors: As of `run`.
           numbers: From `_numbers`.
         """
-        count, writes, block, kinds = len(arrays[0]), self.writes, self.config.block, _kinds(arrays)
-        loaded = self.loaded(len(arrays))
-        starts = [0, *itertools.accumulate(math.ceil(x.size / block) for x in arrays[0])]
-        layout: Any = plgpu.Layout.WG_STRIDED((block,), vec_size=self.config.vector)
-        tile = lambda dtype: plgpu.ShapeDtypeStruct((block,), dtype, layout=layout)
-        width = factors.shape[1]
+        config, starts = self.config, self._starts(arrays)
+        layout: Any = plgpu.Layout.WG_STRIDED((config.block,), vec_size=config.vector)
         tables = [table for table in (factors, numbers) if table is not None and table.size]
-        inputs = [*(tile(kinds[a].seen) for a in loaded), *[tile(jnp.float32)] * width]
-        if numbers is not None:
-            inputs += [tile(jnp.int32)] * 2  # key and place
-
-        def select(index: Any, refs: Sequence[Any], kinds: Sequence[tiles.Kind]) -> tuple[tiles.Block, Any]:
-            leaves = [refs[leaf : len(kinds) * count : count] for leaf in range(count)]
-            return tiles.select(index, leaves, kinds, starts, layout.to_mgpu())
+        tools = [instructions.tools(layout, config.block, fast=fast) for fast in (False, True)]
+        ring = tiles.Ring(_kinds(arrays), self.loaded(len(arrays)), layout.to_mgpu(), config.stages)
 
         def kernel(scalars_ref: Any, *refs: Any) -> None:
-            refs, partials = refs[: len(refs) - self.sums], refs[len(refs) - self.sums :]
-            index = jax.lax.axis_index("blocks")
-            whole = [plgpu.RefType()] * len(refs)
+            refs, partials, slots = refs[: -1 - self.sums], refs[-1 - self.sums : -1], refs[-1]
+            find, fetch, load, key_and_place, store = self._inlined(arrays, ring, factors, numbers)
+            found = iter(find(jax.lax.axis_index("blocks"), *refs))
+            many, words = next(found), list(itertools.islice(found, tiles.Leaf.words_of(len(arrays))))
+            row, number = list(itertools.islice(found, factors.shape[1])), list(found)
+            here = Here([scalars_ref[k] for k in range(scalars.size)], row, None, *tools)
+            for n in range(config.stages - 1):
+                fetch(jnp.int32(n), slots, *words)
 
-            @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WG_SPLAT, *whole), return_type=tuple(inputs))
-            def load(_: Any, index: Any, *refs: Any) -> tuple[Any, ...]:
-                refs, tables_refs = refs[: len(refs) - len(tables)], refs[len(refs) - len(tables) :]
-                chosen, leaf = select(index, refs, kinds)
-                row = [tiles.number(tables_refs[0], leaf, k, width) for k in range(width)]
-                values = [*chosen.load(loaded), *(tiles.splat(x, layout.to_mgpu()) for x in row)]
-                if numbers is not None:
-                    columns = numbers.shape[1]
-                    key, *cuts = (tiles.number(tables_refs[-1], leaf, k, columns) for k in range(columns))
-                    values.append(tiles.splat(key, layout.to_mgpu()))
-                    values.append(chosen.places(_triples(cuts), together=self.together))
-                return tuple(values)
+            def turn(n: jax.Array, totals: Sequence[jax.Array]) -> list[jax.Array]:
+                values = load(n, slots, *words)
+                fetch(n + (config.stages - 1), slots, *words)
+                bits = formats.random_bits(*key_and_place(n, *words, *number)) if number else None
+                new = self.body(dataclasses.replace(here, bits=bits), *values)
+                if self.writes:
+                    store(here.scalars[-1], n, *words, *new[: self.writes])
+                return [total + x for total, x in zip(totals, new[self.writes :], strict=True)]
 
-            splat = plgpu.Layout.WG_SPLAT
+            zero = [plgpu.layout_cast(jnp.zeros(config.block, jnp.float32), layout) for _ in range(self.sums)]
+            for ref, x in zip(partials, jax.lax.fori_loop(0, many, turn, zero), strict=True):
+                ref[jax.lax.axis_index("blocks")] = jnp.sum(x)
 
-            @plgpu.inline_mgpu(arg_types=(splat, splat, *[layout] * writes, *whole[: writes * count]), return_type=())
-            def store(_: Any, applied: Any, index: Any, *new_and_refs: Any) -> tuple[Any, ...]:
-                new, refs = new_and_refs[:writes], new_and_refs[writes:]
-                with tiles.where_positive(applied):
-                    select(index, refs, kinds[:writes])[0].store(new)
-                return ()
-
-            def inline(run: Callable[..., Any], operands: int) -> Callable[..., jax.Array]:
-                wrap = plgpu.inline_mgpu(arg_types=(layout,) * operands, return_type=tile(jnp.float32))
-                return wrap(lambda _, *x: run(*x))
-
-            exact = formats.Tools(jnp.sqrt, jnp.divide, _floor, inline(lambda x: tiles.group_max(x, formats.GROUP), 1))
-            fast = formats.Tools(
-                inline(functools.partial(tiles.by_instruction, "sqrt.approx.ftz.f32"), 1),
-                inline(functools.partial(tiles.by_instruction, "div.approx.ftz.f32"), 2),
-                _floor,
-                exact.group_max,
-            )
-            values = load(index, *refs)
-            arrays, rest = values[: len(loaded)], values[len(loaded) :]
-            here = Here(
-                scalars=[scalars_ref[k] for k in range(scalars.size)],
-                factors=list(rest[:width]),
-                bits=formats.random_bits(*rest[width:]) if numbers is not None else None,
-                exact=exact,
-                fast=fast,
-            )
-            new = self.body(here, *arrays)
-            for ref, x in zip(partials, new[writes:], strict=True):
-                ref[index] = jnp.sum(x)
-            if writes:
-                store(here.scalars[-1], index, *new[:writes], *refs[: writes * count])
-
-        refs = [jax.new_ref(x) for leaves in arrays[:writes] for x in leaves]
-        read = [*itertools.chain(*arrays[writes:]), *(table.reshape(-1) for table in tables)]
+        refs = [jax.new_ref(x) for leaves in arrays[: self.writes] for x in leaves]
+        read = [*itertools.chain(*arrays[self.writes :]), *(table.reshape(-1) for table in tables)]
         partials = plgpu.kernel(
             kernel,
             out_type=[jax.ShapeDtypeStruct((starts[-1] + CHUNK,), jnp.float32)] * self.sums,
             grid=(starts[-1],),
             grid_names=("blocks",),
+            scratch_types=[plgpu.SMEM((ring.bytes,), jnp.int8)],
             kernel_name=f"zerojax_{self.name}",
             compiler_params=_WARPGROUP,
         )(scalars, *refs, *read)
-        new = [jax.freeze(ref) for ref in refs]
-        return [new[a * count : (a + 1) * count] for a in range(writes)], _totals(partials, starts)
+        new, count = [jax.freeze(ref) for ref in refs], len(arrays[0])
+        return [new[a * count : (a + 1) * count] for a in range(self.writes)], _totals(partials, starts)
+
+    def _starts(self, arrays: list[list[jax.Array]]) -> list[int]:
+        """Number of the first thread block of each leaf, and of all."""
+        elements = self.config.block * self.config.tiles
+        return [0, *itertools.accumulate(math.ceil(x.size / elements) for x in arrays[0])]
+
+    def _inlined(
+        self, arrays: list[list[jax.Array]], ring: tiles.Ring, factors: jax.Array, numbers: jax.Array | None
+    ) -> tuple[Callable[..., Any], ...]:
+        """What Pallas has no words for: finds a thread block's leaf, copies, loads, numbers and stores its tiles."""
+        config, kinds, starts, count = self.config, ring.kinds, self._starts(arrays), len(arrays[0])
+        width, columns = factors.shape[1], 0 if numbers is None else numbers.shape[1]
+        splat, ref, words = plgpu.Layout.WG_SPLAT, plgpu.RefType(), tiles.Leaf.words_of(len(arrays))
+        layout: Any = plgpu.Layout.WG_STRIDED((config.block,), vec_size=config.vector)
+        ragged = any(x.size % config.vector for x in arrays[0])
+        scalar = lambda dtype: plgpu.ShapeDtypeStruct((), dtype, layout=splat)
+        block = lambda dtype: plgpu.ShapeDtypeStruct((config.block,), dtype, layout=layout)
+        slots = lambda ref: mlir.address(ref, mlir.SHARED)
+
+        def tile(n: Any, words: Sequence[Any]) -> tiles.Tile:
+            leaf = tiles.Leaf.of([*map(mlir.scalar, words)])
+            return tiles.Tile(leaf, mlir.to_index(n), kinds, ring.layout, ragged=ragged)
+
+        @plgpu.inline_mgpu(
+            arg_types=(splat, *[ref] * (count * len(arrays) + (width > 0) + (columns > 0))),
+            return_type=(
+                *[scalar(jnp.int32)] * (1 + words),
+                *[scalar(jnp.float32)] * width,
+                *[scalar(jnp.int32)] * columns,
+            ),
+        )
+        def find(_: Any, index: Any, *refs: Any) -> tuple[Any, ...]:
+            refs, tables = refs[: count * len(arrays)], refs[count * len(arrays) :]
+            leaf = tiles.select(index, [refs[i::count] for i in range(count)], starts, config.block * config.tiles)
+            row = [tiles.number(tables[0], leaf.number, k, width) for k in range(width)]
+            number = [tiles.number(tables[-1], leaf.number, k, columns) for k in range(columns)]
+            return tuple(map(tiles.scalar, [leaf.tiles(config.block), *leaf.words(), *row, *number]))
+
+        @plgpu.inline_mgpu(arg_types=(splat, ref, *[splat] * words), return_type=())
+        def fetch(_: Any, n: Any, ref: Any, *words: Any) -> tuple[Any, ...]:
+            tile(n, words).fetch(ring, slots(ref))
+            return ()
+
+        @plgpu.inline_mgpu(
+            arg_types=(splat, ref, *[splat] * words), return_type=tuple(block(kinds[a].seen) for a in ring.loaded)
+        )
+        def load(_: Any, n: Any, ref: Any, *words: Any) -> tuple[Any, ...]:
+            return tuple(tile(n, words).load(ring, slots(ref)))
+
+        @plgpu.inline_mgpu(arg_types=(splat,) * (1 + words + columns), return_type=(block(jnp.int32),) * 2)
+        def key_and_place(_: Any, n: Any, *found: Any) -> tuple[Any, ...]:
+            key, *cuts = map(mlir.scalar, found[words:])
+            place = tile(n, found[:words]).places(_triples(cuts), together=self.together)
+            return tiles.splat(key, ring.layout), place
+
+        @plgpu.inline_mgpu(arg_types=(*[splat] * (2 + words), *[layout] * self.writes), return_type=())
+        def store(_: Any, applied: Any, n: Any, *words_and_new: Any) -> tuple[Any, ...]:
+            with tiles.where_positive(applied):
+                tile(n, words_and_new[:words]).store(words_and_new[words:])
+            return ()
+
+        return find, fetch, load, key_and_place, store
 
     def simulate(
         self, scalars: jax.Array, arrays: list[list[jax.Array]], factors: jax.Array, numbers: jax.Array | None
     ) -> tuple[list[list[jax.Array]], jax.Array]:
         """The same on a CPU, for one leaf: the interpreter knows no addresses, and its last block is padded."""
-        size, block = arrays[0][0].size, THREADS * self.config.vector
+        size, block = arrays[0][0].size, tiles.THREADS * self.config.vector
         blocks = math.ceil(size / block)
         # What is shared by neighbours, and what a GPU widens as it loads, is spread out and widened before.
         padded = [
@@ -310,7 +340,7 @@ class _Launch:
             span = pl.ds(index * block, block)
             here = Here(
                 scalars=[scalars_ref[k] for k in range(scalars.size)],
-                factors=[jnp.full(block, factors_ref[0, k]) for k in range(factors.shape[1])],
+                factors=[factors_ref[0, k] for k in range(factors.shape[1])],
                 bits=None if numbers is None else bits_ref[span],
                 exact=formats.EXACT,
                 fast=formats.EXACT,
@@ -332,15 +362,6 @@ class _Launch:
         totals = jnp.array([[jnp.sum(x) for x in partials]], jnp.float32).reshape(1, self.sums)
         kinds = zip(refs[: self.writes], _kinds(arrays), strict=False)
         return [[jax.freeze(ref)[: size : kind.repeat].astype(kind.dtype)] for ref, kind in kinds], totals
-
-
-def _floor(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """By an addition that leaves no bits for a fraction: conversions are a sixteenth as fast, and floors not lowered.
-
-    An integer may be taken for its lower neighbour and a fraction of 1. Not for XLA, which adds up constants.
-    """
-    shifted = (x - 0.5) + 12582912.0  # 1.5 * 2**23
-    return jax.lax.bitcast_convert_type(shifted, jnp.int32) - 0x4B400000, shifted - 12582912.0
 
 
 def _kinds(arrays: list[list[jax.Array]]) -> list[tiles.Kind]:

@@ -31,9 +31,14 @@ def int32(n: int) -> ir.Value:
     return mgpu.c(n, ir.IntegerType.get_signless(32))
 
 
+def scalar(x: Any) -> ir.Value:
+    """A value, or that of a scalar argument of `inline_mgpu`."""
+    return x if isinstance(x, ir.Value) else x.registers.item()
+
+
 def to_index(x: Any) -> ir.Value:
     """An integer, or a scalar argument of `inline_mgpu`, as an index."""
-    return arith.index_cast(ir.IndexType.get(), x if isinstance(x, ir.Value) else x.registers.item())
+    return arith.index_cast(ir.IndexType.get(), scalar(x))
 
 
 def to_int32(x: ir.Value) -> ir.Value:
@@ -89,6 +94,16 @@ def when(condition: ir.Value | None, then: Callable[[], Any], otherwise: ir.Valu
     return branch.results[0]
 
 
+def branch(condition: ir.Value, then: Callable[[], Any], otherwise: Callable[[], Any] | None) -> None:
+    """Where the condition holds, what `then` builds runs, else what `otherwise` builds, if anything."""
+    made = scf.IfOp(condition, [], has_else=otherwise is not None)
+    sides = [(made.then_block, then), *([(made.else_block, otherwise)] if otherwise else [])]
+    for block, build in sides:
+        with ir.InsertionPoint(block):
+            build()
+            scf.yield_([])
+
+
 def thread() -> tuple[ir.Value, ir.Value]:
     """This thread's warp in its block, and lane in the warp, as indices."""
     here = to_index(mgpu.thread_idx())
@@ -96,8 +111,10 @@ def thread() -> tuple[ir.Value, ir.Value]:
 
 
 def vector_bytes(kind: ir.Type) -> int:
-    """Of a vector type."""
-    return ir.VectorType(kind).shape[0] * mgpu.bytewidth(ir.VectorType(kind).element_type)
+    """In bytes, of a number or a vector."""
+    if isinstance(kind, ir.VectorType):
+        return ir.VectorType(kind).shape[0] * mgpu.bytewidth(ir.VectorType(kind).element_type)
+    return mgpu.bytewidth(kind)
 
 
 def equal(a: ir.Value, b: ir.Value | int) -> ir.Value:
@@ -129,7 +146,7 @@ def at(pointer: ir.Value, offset: ir.Value | int) -> ir.Value:
 
 
 def load(kind: ir.Type, pointer: ir.Value) -> ir.Value:
-    """A vector whose bytes divide its address, or 16."""
+    """A number, or a vector, whose bytes divide its address, or 16."""
     return llvm.load(kind, pointer, alignment=min(16, vector_bytes(kind)))
 
 

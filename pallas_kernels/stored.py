@@ -97,8 +97,8 @@ class _OnArrays:
 
     def __call__(self, here: leaves.Here, *arrays: jax.Array) -> list[jax.Array]:
         rest = list(arrays)
-        values = [f.decode([rest.pop(0) for a in range(len(f.dtypes)) if a not in f.unread]) for f in self.kind]
         tools = here.fast if any(f.fast for f in self.kind) else here.exact
+        values = [f.decode([rest.pop(0) for a in range(len(f.dtypes)) if a not in f.unread], tools) for f in self.kind]
         new = list(self.body(tools, here.scalars, *values, *here.factors))
         stored = [f.encode(x, here.bits, tools) for f, x in zip(self.kind, new[: self.writes], strict=False)]
         return [*itertools.chain(*stored), *new[self.writes :]]
@@ -112,9 +112,9 @@ def _keys(kind: Sequence[Format], seed: jax.Array, places: Sequence[Place]) -> l
 
 
 def _config(kind: Sequence[Format]) -> leaves.Config:
-    """Threads load at least 16 bytes at once of the narrowest array, where that is not too much of the widest."""
+    """The fastest measured for adamw on an H200: threads load 16 bytes at once of the narrowest array."""
     if any(f.fast for f in kind):
-        return leaves.Config(vector=16)
+        return leaves.Config(block=2048, vector=16, tiles=8, stages=3)
     return leaves.Config(vector=8) if kind[0].narrow else leaves.Config()
 
 

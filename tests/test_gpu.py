@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import test_offload
 from test_layer_norm import BACKWARD, FORWARD, ROUNDING, exact
 from test_softmax import f64, lower, oracle, oracle_gradient
 
@@ -405,3 +406,17 @@ def test_apply(ready, case):
         if case.masters:
             assert_same_bits(params[name], _split(full[name]).high)
     assert_same_bits(call(kernel, inputs), got)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("name", test_offload.OPTIMIZERS)
+def test_twenty_steps_with_state_in_host_memory(name, stage):
+    run = functools.partial(
+        test_offload.train, test_offload.OPTIMIZERS[name](), test_offload.mesh_of(1), stage, steps=20
+    )
+    tx, state, losses = run(test_offload.SMALL)
+    placed = [x.sharding.memory_kind for x in jax.tree.leaves(state)]
+    assert "pinned_host" in placed and "device" in placed
+    on_device, resident, wanted = run(None)
+    assert losses == wanted
+    test_offload.assert_same(test_offload.arrays(tx, state), test_offload.arrays(on_device, resident))
