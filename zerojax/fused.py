@@ -63,13 +63,10 @@ class Work:
         new: Sequence[Sequence[Any]] = ()
         if self.rule is not None:
             lists = [list(x) for x in (self.params, self.grads, self.mu, self.nu)]
-            decay = list(self.decay)
-            scalars = self.scalars
-            if plan is not None and meshes.simulated(plan.mesh):
-                # What XLA makes of a multiplication and an addition on a CPU, one rounding or two, depends on what it
-                # fuses them with: so that a step is the same bit for bit whether its state is streamed or not.
-                lists[1], scalars = jax.lax.optimization_barrier((lists[1], scalars))
-            new = shards.run(self.rule, plan, lists, scalars, decay, implementation=self.implementation)
+            # What XLA makes of a multiplication and an addition, one rounding or two, depends on what it fuses them
+            # with: so that a step is the same bit for bit whether its state is streamed or not.
+            lists[1], scalars = jax.lax.optimization_barrier((lists[1], self.scalars))
+            new = shards.run(self.rule, plan, lists, scalars, list(self.decay), implementation=self.implementation)
         return self.finish(self.rest, new)
 
 
