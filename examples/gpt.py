@@ -59,7 +59,7 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         c = self.config
-        norm = lambda name: nn.LayerNorm(dtype=c.dtype, name=name)
+        norm = lambda name: zerojax.nn.LayerNorm(dtype=c.dtype, name=name)
         dense = lambda size, name: nn.Dense(size, dtype=c.dtype, kernel_init=INIT, name=name)
         heads = dense(3 * c.width, "qkv")(norm("norm1")(x))  # [B, T, 3D]
         q, k, v = jnp.split(heads.reshape(*x.shape[:2], 3 * c.heads, -1), 3, axis=2)  # [B, T, H, K] each
@@ -90,7 +90,7 @@ class GPT(nn.Module):
             unroll=c.unroll,
         )
         x, _ = layers(block(c, name="blocks"), x, None)
-        return embed.attend(nn.LayerNorm(dtype=c.dtype, name="norm")(x)).astype(jnp.float32)
+        return embed.attend(zerojax.nn.LayerNorm(dtype=c.dtype, name="norm")(x)).astype(jnp.float32)
 
 
 def _attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:

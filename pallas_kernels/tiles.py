@@ -335,7 +335,7 @@ def select(index: Any, leaves: Sequence[Sequence[ir.Value]], starts: Sequence[in
 
     def pick(low: int, high: int) -> list[ir.Value]:
         if high - low == 1:
-            # Side effects, each of its own: else the compiler makes the tree rows of selections, which wait for all leaves.
+            # A side effect, of its own: else the compiler makes rows of selections of the tree, which wait for all.
             mlir.llvm.inline_asm(None, [], f"// leaf {low}", "", has_side_effects=True)
             addresses = [mlir.llvm.ptrtoint(i64, mlir.address(ref, mlir.GLOBAL)) for ref in leaves[low]]
             size = ir.MemRefType(leaves[low][0].type).shape[0]
