@@ -116,7 +116,7 @@ def _config(kind: Sequence[Format]) -> leaves.Config:
     if any(f.fast for f in kind):
         return leaves.Config(block=2048, vector=16, tiles=4, stages=3, leaves=64)
     if 2 * sum(f.narrow for f in kind) >= len(kind):
-        return leaves.Config(vector=8, tiles=4, stages=3, leaves=64)
+        return leaves.Config(vector=8, tiles=4, stages=3)
     return leaves.Config()
 
 
