@@ -5,8 +5,12 @@ import pathlib
 
 
 def pytest_configure(config):
-    if config.option.markexpr == "gpu":
-        return
+    if config.option.markexpr != "gpu":
+        simulate_devices()
+
+
+def simulate_devices():
+    """In a process of a test's own, too; before JAX has counted its devices."""
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 " + os.environ.get("XLA_FLAGS", "")
     # Many small programs, each run a few times: on two cores the compiler's effort is the test's time.

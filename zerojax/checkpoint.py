@@ -11,6 +11,7 @@ import errno
 import functools
 import importlib.metadata
 import json
+import math
 import os
 import pathlib
 import shutil
@@ -29,7 +30,7 @@ from zerojax import host, logical, manifest, meshes, report
 from zerojax.host import HOST, Rest
 from zerojax.manifest import Manifest
 from zerojax.plan import Plan
-from zerojax.step import TrainState, check_alive
+from zerojax.step import TrainState
 from zerojax.zero import zero
 
 PyTree = Any
@@ -66,6 +67,7 @@ def save_checkpoint(
       FileExistsError: `directory/STEP` is there.
       OSError: it could not be written, or with `wait=False` the one before; earlier checkpoints are as they were.
       TypeError: `state` is no `TrainState`, or `extra` holds what JSON does not.
+      ValueError: the state's arrays are deleted; `max_to_keep` is below 1.
 
     Memory:
       In host memory, of each process what its devices hold of the state, each shard once, until it is written.
@@ -89,14 +91,15 @@ def save_checkpoint(
         )
     if max_to_keep is not None and max_to_keep < 1:
         raise ValueError(f"max_to_keep must be at least 1, got {max_to_keep}.")
-    check_alive(state)
+    leaves = logical.named(state)
+    if gone := [name for name, x in leaves.items() if any(part.is_deleted() for part in jax.tree.leaves(x))]:
+        raise ValueError(f"{gone[0]} of this state is deleted: a step took it over, and returned the state to save.")
     step = int(state.step) if step is None else step
     folder = _local(directory) / str(step)
     if folder.exists():
         raise FileExistsError(f"{folder} is there: pass another step=, or delete it first; nothing was overwritten.")
     text = json.dumps(manifest.encode(extra))
     folder.parent.mkdir(parents=True, exist_ok=True)
-    leaves = logical.named(state)
     _check_room(folder, sum(x.nbytes for x in jax.tree.leaves(leaves)))
     global _running
     _running = _Save(folder, step, leaves, text, max_to_keep)
@@ -165,8 +168,8 @@ def restore_checkpoint(
     wanted = logical.wanted(tx, plan, saved.leaves)
     logical.check(saved.leaves, wanted, f"the checkpoint {folder}")
     host.check_room(plan.memory(tx).host, plan.mesh)
-    leaves: dict[str, Any] = {}
-    for group in _groups(wanted):
+    leaves: dict[str, Any] = logical.empty(wanted, plan)
+    for group in _groups({name: rest for name, rest in wanted.items() if name not in leaves}):
         leaves |= {name: logical.kept(x, wanted[name]) for name, x in _read(folder, group, plan).items()}
     extra = manifest.decode(json.loads((folder / manifest.EXTRA).read_text()))
     return logical.state_of(leaves, tx, plan), extra
@@ -200,7 +203,8 @@ class _Save:
         options = ocp.AsyncOptions(timeout_secs=_TIMEOUT_S)
         self._checkpointer = ocp.AsyncCheckpointer(_Handler(seal), async_options=options)
         try:
-            self._checkpointer.save(folder, args=_SaveArgs({name: logical.snapshot(x) for name, x in leaves.items()}))
+            arrays = {name: logical.snapshot(x) for name, x in leaves.items() if math.prod(host.whole_shape(x))}
+            self._checkpointer.save(folder, args=_SaveArgs(arrays))  # Orbax has no arrays of no elements
         except Exception as e:
             self._fail(e)
         self._thread = threading.Thread(target=self._complete, name="zerojax-save")

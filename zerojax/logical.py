@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import PartitionSpec, SingleDeviceSharding
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from zerojax import host, meshes
 from zerojax.host import HOST, Rest
@@ -119,6 +119,13 @@ def check(saved: Mapping[str, Any], wanted: Mapping[str, Rest], where: str) -> N
         else:
             continue
         raise ValueError(f"{where} {problem}: {_WAYS.get(part, 'another version wrote it')}.")
+
+
+def empty(wanted: Mapping[str, Rest], plan: Plan) -> dict[str, jax.Array]:
+    """The arrays without elements."""
+    none = {name: rest for name, rest in wanted.items() if 0 in rest.shape}
+    zeros = lambda rest: jax.device_put(np.zeros(rest.shape, rest.dtype), NamedSharding(plan.mesh, rest.spec))
+    return {name: zeros(rest) for name, rest in none.items()}
 
 
 def kept(x: jax.Array, rest: Rest) -> Any:

@@ -1,0 +1,363 @@
+"""Checkpoints: any plan restores them bit for bit, training goes on from them bit for bit, and damage is named."""
+
+import json
+import math
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import models
+import numpy as np
+import optax
+import pytest
+import resume
+from jax.sharding import PartitionSpec as P
+
+import zerojax
+from zerojax import checkpoint, host, manifest
+
+BUCKETS = zerojax.Offload(bucket_bytes=2**12)
+
+
+def adamw():
+    """`models.clipped_adamw`, fused, so that its state can be streamed."""
+    schedule = optax.linear_schedule(1e-2, 1e-3, 10)
+    return zerojax.chain(optax.clip_by_global_norm(0.5), zerojax.fused_adamw(schedule, weight_decay=0.1))
+
+
+def plan_of(*sizes, stage, names=("data",), axis_type=models.AUTO, **options):
+    mesh = models.mesh_of(*sizes, names=names, axis_type=axis_type)
+    return zerojax.make_plan(models.mlp_params(), mesh, stage=stage, min_size=1, **options)
+
+
+def tensor_parallel():
+    specs = jax.tree.map(lambda x: P(), models.mlp_params())
+    specs["inner"]["kernel"], specs["head"][0] = P(None, "model"), P("model", None)
+    return plan_of(4, 2, stage=1, names=("data", "model"), param_specs=specs)
+
+
+LAYOUTS = {
+    "8 devices, stage 3": lambda: plan_of(8, stage=3),
+    "4, stage 1, offload": lambda: plan_of(4, stage=1, offload=BUCKETS),
+    "1, stage 0": lambda: plan_of(1, stage=0),
+    "8, stage 2": lambda: plan_of(8, stage=2),
+    "tensor-parallel": tensor_parallel,
+    "explicit mesh": lambda: plan_of(4, stage=3, axis_type=models.EXPLICIT),
+    "half of it offloaded": lambda: plan_of(2, stage=2, offload=zerojax.Offload(fraction=0.5)),
+    "two axes": lambda: plan_of(2, 4, stage=3, names=("a", "b"), axis=("a", "b")),
+    "nu offloaded": lambda: plan_of(8, stage=3, offload=zerojax.Offload(pattern="nu")),
+}
+
+
+def whole(tx, plan, state):
+    """All numbers of a state, its leaves whole, as on one device."""
+    opt_state = zerojax.zero(tx, plan).in_use(state.opt_state)
+    return jax.tree.map(np.asarray, jax.device_get(state._replace(opt_state=opt_state)))
+
+
+def assert_same(got, want):
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert x.dtype == y.dtype and x.shape == y.shape and x.tobytes() == y.tobytes()
+
+
+def assert_laid_out(state, tx, plan):
+    """As the plan keeps a state that is created."""
+    created = zerojax.create_train_state(models.mlp_params(), tx, plan)
+    assert jax.tree.structure(state) == jax.tree.structure(created)
+    for x, y in zip(jax.tree.leaves(state), jax.tree.leaves(created), strict=True):
+        assert x.sharding == y.sharding and x.dtype == y.dtype and x.shape == y.shape
+
+
+def test_training_goes_on_through_a_chain_of_plans(tmp_path):
+    tx, losses, state, before = adamw(), [], None, None
+    for step, (batch, layout) in enumerate(zip(models.mlp_batches(), list(LAYOUTS.values())[:4], strict=True)):
+        plan = layout()
+        if state is None:
+            state = zerojax.create_train_state(models.mlp_params(), tx, plan)
+        else:
+            state, _ = zerojax.restore_checkpoint(tmp_path, tx, plan)
+            assert_same(whole(tx, plan, state), before)
+            assert_laid_out(state, tx, plan)
+        state, metrics = zerojax.make_train_step(models.mlp_loss, tx, plan)(state, batch)
+        losses.append(float(metrics["loss"]))
+        before = whole(tx, plan, state)
+        zerojax.save_checkpoint(tmp_path, state)
+        assert zerojax.latest_step(tmp_path) == step + 1
+    plan, without = LAYOUTS["1, stage 0"](), []
+    state, step = (
+        zerojax.create_train_state(models.mlp_params(), tx, plan),
+        zerojax.make_train_step(models.mlp_loss, tx, plan),
+    )
+    for batch in models.mlp_batches():
+        state, metrics = step(state, batch)
+        without.append(float(metrics["loss"]))
+    # Sums over other numbers of devices are made in another order, a last bit or two of float32.
+    np.testing.assert_allclose(losses, without, rtol=5e-7)
+    assert losses[-1] < losses[0] / 2
+
+
+def test_every_layout_restores_what_another_saved(tmp_path):
+    tx, plan = adamw(), LAYOUTS["nu offloaded"]()
+    numbers = np.random.default_rng(0)
+    state = zerojax.create_train_state(models.mlp_params(), tx, plan)
+    noise = lambda x: jax.device_put(numbers.normal(size=x.shape).astype(x.dtype), x.sharding) if x.ndim else x
+    state = jax.tree.map(noise, state)
+    want = whole(tx, plan, state)
+    for step, layout in enumerate(LAYOUTS.values()):
+        zerojax.save_checkpoint(tmp_path, state, step=step, max_to_keep=1)
+        plan = layout()
+        state, _ = zerojax.restore_checkpoint(tmp_path, tx, plan)
+        assert_same(whole(tx, plan, state), want)
+        assert_laid_out(state, tx, plan)
+
+
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory):
+    """Runs of `resume.CASES` in this process, and their second halves in another one."""
+    folder = tmp_path_factory.mktemp("runs")
+    first = {name: resume.first_half(name, folder / name) for name in resume.CASES}
+    command = [sys.executable, str(pathlib.Path(resume.__file__)), str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return first, json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("case", resume.CASES)
+def test_a_new_process_goes_on_bit_for_bit(resumed, case):
+    # What was saved while the steps went on: state that they donate is copied first.
+    first, second = resumed
+    assert first[case] == second[case]
+    assert len(set(first[case]["losses"])) == resume.STEPS
+
+
+# The rest is on a small state.
+
+TX = optax.adam(1e-3)
+PARAMS = {"w": np.arange(32, dtype=np.float32).reshape(8, 4), "b": np.ones(4, np.float32)}
+
+
+def small_plan(params=PARAMS, **options):
+    options = {"stage": 1, "min_size": 1} | options
+    return zerojax.make_plan(params, models.mesh_of(2), **options)
+
+
+def small_state(params=PARAMS, tx=TX, **options):
+    return zerojax.create_train_state(params, tx, small_plan(params, **options))
+
+
+def test_restoring_holds_no_more_than_a_devices_share(tmp_path, monkeypatch):
+    params = {f"w{i}": np.full((64, 64), i, np.float32) for i in range(8)}
+    plan = zerojax.make_plan(params, models.mesh_of(8), stage=3, min_size=1)
+    zerojax.save_checkpoint(tmp_path, zerojax.create_train_state(params, TX, plan))
+    device, read, held = jax.devices()[0], checkpoint._read, []
+
+    def in_use():
+        here = [x for x in jax.live_arrays() if device in x.sharding.device_set]
+        return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in here)
+
+    def watched(*args):
+        result = read(*args)
+        held.append(in_use() - before)
+        return result
+
+    monkeypatch.setattr(checkpoint, "_read", watched)
+    monkeypatch.setattr(checkpoint, "_GROUP_BYTES", 20_000)
+    before = in_use()
+    state, _ = zerojax.restore_checkpoint(tmp_path, TX, plan)
+    share = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state))
+    assert len(held) > 8 and share >= 3 * 8 * 64 * 64 * 4 // 8
+    assert max(held) <= share + 1000  # of scalars and the like
+    assert held[0] < share / 4  # by groups: files are not read at once
+
+
+EXTRA = {
+    "nested": [{"a": None, "b": True, "c": [1, 2.5, "text"]}, {}],
+    "array": np.arange(6, dtype=np.int16).reshape(2, 3),
+    "half": np.asarray(jnp.full((2,), 1.5, "bfloat16")),
+    "scalar": np.float32(0.1),
+    "jax": jnp.arange(3.0),
+    "key": jax.random.key(3),
+    "tuple": (1, 2),
+}
+
+
+def test_extra_comes_back(tmp_path):
+    zerojax.save_checkpoint(tmp_path, small_state(), extra=EXTRA)
+    _, extra = zerojax.restore_checkpoint(tmp_path, TX, small_plan())
+    assert extra["nested"] == EXTRA["nested"] and extra["tuple"] == [1, 2]
+    for name in ("array", "half", "scalar", "jax"):
+        assert extra[name].dtype == EXTRA[name].dtype
+        np.testing.assert_array_equal(extra[name], EXTRA[name])
+    assert jax.random.normal(extra["key"]) == jax.random.normal(EXTRA["key"])
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({"f": print}, r"extra\['f'\] is <built-in function print>.*JSON"),
+        ([{"x": {1, 2}}], r"extra\[0\]\['x'\] is \{1, 2\} of type set"),
+        ({1: 2}, "extra has the key 1: keys must be strings"),
+    ],
+)
+def test_extra_that_cannot_be_kept_is_refused(tmp_path, extra, message):
+    with pytest.raises(TypeError, match=message):
+        zerojax.save_checkpoint(tmp_path, small_state(), extra=extra)
+    assert zerojax.latest_step(tmp_path) is None
+
+
+def test_the_latest_are_kept(tmp_path):
+    state = small_state()
+    assert zerojax.latest_step(tmp_path / "nothing") is None and zerojax.latest_step(tmp_path) is None
+    for step in (1, 2, 10, 4):
+        zerojax.save_checkpoint(tmp_path, state, step=step, wait=False, max_to_keep=2)
+    zerojax.wait_until_finished()
+    zerojax.wait_until_finished()
+    # The one just saved always stays, and beside it the latest.
+    assert manifest.steps_in(tmp_path) == [4, 10] and zerojax.latest_step(tmp_path) == 10
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["10", "4"]
+
+
+def test_what_a_killed_save_left_is_no_checkpoint_and_goes_with_the_next(tmp_path):
+    zerojax.save_checkpoint(tmp_path, small_state(), step=1)
+    for name in ("2.orbax-checkpoint-tmp", "2.orbax-checkpoint-tmp-17", "0.deleted"):
+        shutil.copytree(tmp_path / "1", tmp_path / name)
+    (tmp_path / "mine").mkdir()
+    assert zerojax.latest_step(tmp_path) == 1
+    zerojax.save_checkpoint(tmp_path, small_state(), step=2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "2", "mine"]
+
+
+def test_leaves_of_every_kind(tmp_path):
+    params = {"empty": np.zeros((0, 8), np.float32), "scalar": np.float32(2), "half": np.ones((8, 2), "float16")}
+    tx = optax.chain(optax.add_noise(0.1, 0.5, jax.random.key(7)), optax.adam(1e-2))
+    plan = zerojax.make_plan(params, models.mesh_of(4), stage=3, min_size=1)
+    state = zerojax.create_train_state(params, tx, plan)
+    zerojax.save_checkpoint(tmp_path, state)
+    restored, _ = zerojax.restore_checkpoint(tmp_path, tx, plan)
+    plain = lambda tree: jax.tree.map(
+        lambda x: np.asarray(jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x), tree
+    )
+    assert_same(plain(restored), plain(state))
+    assert [x.dtype for x in jax.tree.leaves(restored)] == [x.dtype for x in jax.tree.leaves(state)]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Steps 3 and 5 of the small state."""
+    folder = tmp_path_factory.mktemp("saved")
+    for step in (3, 5):
+        zerojax.save_checkpoint(folder, small_state(), step=step, extra={"note": "here"})
+    return folder
+
+
+WITH_MORE = PARAMS | {"more": np.ones(3, np.float32)}
+OTHERS = {
+    "a model with one leaf more": (WITH_MORE, TX, r"lacks 'params/more', float32 \[3\] of this model.*model that was"),
+    "with one less": ({"w": PARAMS["w"]}, TX, r"holds 'params/b', float32 \[4\], which this model lacks"),
+    "of another shape": (PARAMS | {"b": np.ones(5, np.float32)}, TX, r"'params/b' as float32 \[4\].*has float32 \[5\]"),
+    "of another dtype": (PARAMS | {"b": np.ones(4, "float16")}, TX, r"'params/b' as float32 \[4\].*has float16 \[4\]"),
+    "another optimizer": (PARAMS, optax.sgd(0.1, 0.9), r"opt_state/.*optimizer.*dtypes of its moments"),
+    "other moments": (
+        PARAMS,
+        optax.adam(1e-3, mu_dtype="bfloat16"),
+        r"'opt_state/0/mu/b' as float32.*has bfloat16 \[4\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_what_was_saved_for_another_is_refused_by_name(saved, case):
+    params, tx, message = OTHERS[case]
+    with pytest.raises(ValueError, match=message):
+        zerojax.restore_checkpoint(saved, tx, small_plan(params))
+
+
+def test_errors_say_what_is_there(saved, tmp_path):
+    restore = lambda directory, **options: zerojax.restore_checkpoint(directory, TX, small_plan(), **options)
+    with pytest.raises(FileNotFoundError, match="there is no such directory"):
+        restore(tmp_path / "typo")
+    with pytest.raises(FileNotFoundError, match="it holds none"):
+        restore(tmp_path)
+    with pytest.raises(FileNotFoundError, match="of step 4: it holds the steps 3, 5"):
+        restore(saved, step=4)
+    with pytest.raises(FileExistsError, match=r"5 is there.*nothing was overwritten"):
+        zerojax.save_checkpoint(saved, small_state(), step=5)
+    with pytest.raises(ValueError, match="max_to_keep must be at least 1, got 0"):
+        zerojax.save_checkpoint(tmp_path, small_state(), max_to_keep=0)
+    with pytest.raises(TypeError, match=r"saves a zerojax.TrainState, got dict"):
+        zerojax.save_checkpoint(tmp_path, {"params": PARAMS})
+    with pytest.raises(ValueError, match="file system"):
+        zerojax.save_checkpoint("gs://bucket/run", small_state())
+    (tmp_path / "7").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"has no zerojax.json: it is no checkpoint"):
+        restore(tmp_path)
+
+
+def test_a_state_that_a_step_took_is_refused(tmp_path):
+    state = small_state()
+    for x in jax.tree.leaves(state.params):
+        x.delete()
+    with pytest.raises(ValueError, match=r"params/.*(deleted|donated)"):
+        zerojax.save_checkpoint(tmp_path, state)
+    assert zerojax.latest_step(tmp_path) is None
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+HARMS = {
+    "flipped": flip,
+    "cut": lambda path: path.write_bytes(path.read_bytes()[:-1]),
+    "deleted": pathlib.Path.unlink,
+}
+
+
+@pytest.mark.parametrize("harm", HARMS)
+def test_damage_to_any_file_is_named(saved, tmp_path, harm):
+    """All but what Orbax writes of its own after the checksums, which nothing that is restored comes from."""
+    files = sorted(p.relative_to(saved / "5") for p in (saved / "5").rglob("*") if p.is_file())
+    assert len(files) > 5 and {"zerojax.json", "extra.json"} <= set(map(str, files))
+    unsealed = {"_CHECKPOINT_METADATA", "commit_success.txt"}
+    for i, file in enumerate(f for f in files if f.name not in unsealed):
+        copy = tmp_path / str(i)
+        shutil.copytree(saved, copy)
+        HARMS[harm](copy / "5" / file)
+        with pytest.raises((ValueError, FileNotFoundError), match=re.escape(file.name)) as error:
+            zerojax.restore_checkpoint(copy, TX, small_plan())
+        assert "step=3" in str(error.value)
+        if i % 4 == 0:
+            state, extra = zerojax.restore_checkpoint(copy, TX, small_plan(), step=3)
+            np.testing.assert_array_equal(state.params["w"], PARAMS["w"])
+            assert extra == {"note": "here"}
+
+
+def test_what_orbax_adds_after_the_checksums_does_not_matter(saved, tmp_path):
+    shutil.copytree(saved / "5", tmp_path / "5")
+    flip(tmp_path / "5" / "_CHECKPOINT_METADATA")
+    state, _ = zerojax.restore_checkpoint(tmp_path, TX, small_plan())
+    np.testing.assert_array_equal(state.params["w"], PARAMS["w"])
+
+
+def test_a_full_disk_is_seen_before_anything_is_written(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: usage._replace(free=100))
+    with pytest.raises(OSError, match=r"takes .* B, 100 B are left; nothing was written.*max_to_keep"):
+        zerojax.save_checkpoint(tmp_path, small_state())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_host_without_room_is_seen_before_anything_is_read(saved, monkeypatch):
+    def full(wanted, mesh):
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(host, "check_room", full)
+    with pytest.raises(MemoryError, match="no room"):
+        zerojax.restore_checkpoint(saved, TX, small_plan(offload="pinned_host"))
