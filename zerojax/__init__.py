@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from zerojax.data import Dataloader as Dataloader
     from zerojax.engine import Engine as Engine
     from zerojax.engine import initialize as initialize
+    from zerojax.weights import export_params as export_params
+    from zerojax.weights import import_params as import_params
 
 _LATER = {
     "config": "zerojax.config",
@@ -51,8 +53,10 @@ _LATER = {
     "Dataloader": "zerojax.data",
     "Engine": "zerojax.engine",
     "initialize": "zerojax.engine",
+    "export_params": "zerojax.weights",
+    "import_params": "zerojax.weights",
 }
-"""What needs Flax, ml_collections or Orbax: imported where it is first used."""
+"""What needs Flax, ml_collections, Orbax or safetensors: imported where it is first used."""
 
 
 def __getattr__(name: str) -> Any:
