@@ -18,6 +18,7 @@ import resume
 from jax.sharding import PartitionSpec as P
 
 import zerojax
+from zerojax import __main__ as commands
 from zerojax import checkpoint, host, manifest
 
 BUCKETS = zerojax.Offload(bucket_bytes=2**12)
@@ -361,3 +362,36 @@ def test_a_host_without_room_is_seen_before_anything_is_read(saved, monkeypatch)
     monkeypatch.setattr(host, "check_room", full)
     with pytest.raises(MemoryError, match="no room"):
         zerojax.restore_checkpoint(saved, TX, small_plan(offload="pinned_host"))
+
+
+def test_the_command_shows_what_is_there(saved, tmp_path, capsys):
+    show = lambda *argv: (commands.main(["checkpoint", *map(str, argv)]), capsys.readouterr())
+    status, (out, _) = show(saved, "--step=3", "--leaves", "--verify")
+    assert status == 0 and len(re.findall(r"^\d+ .*as written$", out, re.M)) == 2
+    for part in (
+        r"^step 3, saved .* from data 2; processes: 1$",
+        r"^  params: 36 in 2 arrays, 144 B: float32 144 B$",
+        r"^  optimizer state: 292 B: int32 4 B, float32 288 B$",
+        r"^  extra: note = 'here'$",
+        r"^opt_state/0/mu/w +float32 +8x4 +P\('data', None\) +device$",
+    ):
+        assert re.search(part, out, re.M), part
+    copy = tmp_path / "copy"
+    shutil.copytree(saved, copy)
+    flip(copy / "5" / "manifest.ocdbt")
+    assert show(copy)[0] == 0  # without --verify only names are looked at
+    status, (out, _) = show(copy, "--verify")
+    assert status == 1 and re.search(r"^5 .*damaged: manifest.ocdbt$", out, re.M)
+    status, (_, err) = show(copy, "--step=4")
+    assert status == 1 and "of step 4: it holds the steps 3, 5." in err
+    assert show(tmp_path / "nothing")[0] == 1
+    (copy / "5" / "zerojax.json").unlink()
+    status, (out, err) = show(copy)
+    assert status == 1 and "no zerojax.json" in out and "step=3" in err
+
+
+def test_the_command_shows_keys_among_the_state(tmp_path, capsys):
+    tx = optax.add_noise(0.1, 0.5, jax.random.key(7))
+    zerojax.save_checkpoint(tmp_path, small_state(tx=tx))
+    assert commands.main(["checkpoint", str(tmp_path)]) == 0
+    assert "key<fry>" in capsys.readouterr().out

@@ -8,6 +8,7 @@ import sys
 COMMANDS = {
     "plan": ("zerojax.commands_plan", "what each stage takes on each device, and what fits"),
     "explain": ("zerojax.commands_plan", "which params are not sharded, and why"),
+    "checkpoint": ("zerojax.commands_checkpoint", "which steps a directory holds, and what is in one"),
     "keys": ("zerojax.commands_keys", "every key of a config, and what becomes of DeepSpeed's"),
 }
 """By name: the module with a function of that name, which takes the arguments, and what it is for."""
