@@ -5,10 +5,10 @@ The only file that imports Orbax.
 
 from __future__ import annotations
 
-import atexit
 import datetime
 import errno
 import functools
+import importlib
 import importlib.metadata
 import json
 import math
@@ -16,6 +16,7 @@ import os
 import pathlib
 import shutil
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
@@ -263,7 +264,19 @@ class _SaveArgs(ocp.args.PyTreeSave):
 
 
 _running: _Save | None = None
-atexit.register(wait_until_finished)
+
+
+def _finish_at_exit() -> None:
+    try:
+        wait_until_finished()
+    except OSError:
+        traceback.print_exc()
+
+
+# A program may end while its last save is under way. At `atexit` it is too late: Python's thread pools, in which Orbax
+# writes, take no work any more. They are shut down by what is registered here, the last first.
+importlib.import_module("concurrent.futures.thread")
+threading._register_atexit(_finish_at_exit)  # type: ignore[attr-defined]
 
 
 def _local(directory: Directory) -> pathlib.Path:
