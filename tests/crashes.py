@@ -26,7 +26,7 @@ import zerojax  # noqa: E402
 from zerojax import manifest  # noqa: E402
 
 EVERY = 5  # steps between saves
-STEPS = 400
+STEPS = 10**6  # more than a run gets to
 
 
 def build():
