@@ -160,10 +160,13 @@ def test_a_loop_of_ones_own(how):
         np.testing.assert_allclose(np.asarray(x, np.float64), np.asarray(y, np.float64), rtol=1e-6, atol=1e-9)
 
 
-def test_apply_keeps_what_it_was_given():
-    plan = zerojax.make_plan(params(), mesh_of(2), stage=1, offload=SMALL, min_size=1024)
+@pytest.mark.parametrize("pattern", [None, "nu"])  # with "nu", mu stays on the device
+def test_apply_keeps_what_it_was_given(pattern):
+    offload = zerojax.Offload(bucket_bytes=2**18, pattern=pattern)
+    given = params() | {"number": jnp.float32(0.5), "empty": jnp.zeros((0, 4))}
+    plan = zerojax.make_plan(given, mesh_of(2), stage=1, offload=offload, min_size=1024)
     tx = zerojax.zero(OPTIMIZERS["int8"](), plan)
-    state, now = tx.init(params()), params()
+    state, now = tx.init(given), given
     grads = jax.tree.map(jnp.ones_like, now)
     first = zerojax.apply(tx, grads, state, now)
     assert_same(jax.device_get(first), jax.device_get(zerojax.apply(tx, grads, state, now)))

@@ -300,11 +300,13 @@ class Walk:
         work, plan = self._streamed.work(begun), self._plan
         specs = meshes.named(plan.mesh, plan.update_specs)
         working = jax.device_put(self._params, specs)
-        if not self._consume:
-            working = jax.tree.map(lambda x, s: jax.jit(jnp.copy, out_shardings=s)(x), working, specs)
-        else:
-            jax.tree.map(_free_unless_shared, self._params, working)
         self._arrays[: len(plan.leaves)] = jax.tree.leaves(working)
+        if self._consume:
+            jax.tree.map(_free_unless_shared, self._params, working)
+        else:  # programs update in place what stays on the device
+            for n in {n for bucket in self._streamed.buckets for numbers in bucket.staying for n in numbers}:
+                x = self._arrays[n]
+                self._arrays[n] = jax.jit(jnp.copy, out_shardings=x.sharding)(x)
         self._run(work)
         new = [[jax.tree.map(self._at_rest, x) for x in column] for column in (work.params, work.mu, work.nu)]
         params, opt_state = work.finish(work.rest, new)
