@@ -172,6 +172,25 @@ def test_apply_keeps_what_it_was_given(pattern):
     assert_same(jax.device_get(first), jax.device_get(zerojax.apply(tx, grads, state, now)))
 
 
+def test_a_mask_sees_the_dtypes_of_params_that_are_elsewhere():
+    now = params() | {"one": jnp.ones(3, jnp.float32)}
+    wide = lambda p: jax.tree.map(lambda x: x.dtype == jnp.float32, p)
+    results = []
+    for offload in (None, "pinned_host"):
+        plan = zerojax.make_plan(now, mesh_of(2), stage=1, offload=offload, min_size=1024)
+        tx = zerojax.zero(zerojax.fused_adamw(0.1, weight_decay=0.5, mask=wide), plan)
+        results.append(jax.device_get(zerojax.apply(tx, now, tx.init(now), now)[0]))
+    assert_same(*results)
+
+
+def test_what_a_trace_made_does_not_outlive_it():
+    plan = zerojax.make_plan(params(), mesh_of(2), stage=1, offload="pinned_host", min_size=1024)
+    tx = zerojax.zero(OPTIMIZERS["split"](), plan)
+    state = tx.init(params())
+    with jax.checking_leaks():
+        zerojax.apply(tx, params(), state, params())
+
+
 def test_any_other_optimizer_is_moved_whole_and_says_so():
     with pytest.warns(UserWarning, match=r"moved to the device as a whole.*none of zerojax's"):
         _, state, losses = train(optax.adamw(1e-2), mesh_of(2), 1, "pinned_host")

@@ -158,7 +158,7 @@ class Streamed:
             next(some) if rest.param is None else Absent(len(params) + j, rest.shape, rest.dtype)
             for j, rest in enumerate(self._rests)
         ]
-        self._work = work = prepare_link(
+        work = prepare_link(
             self.tx.inner,
             meshes.constrain(grads, plan.update_specs),
             self._treedef.unflatten(state),
@@ -166,6 +166,7 @@ class Streamed:
             plan=plan,
             **options,
         )
+        self._work = dataclasses.replace(work, grads=(), scalars=None, rest=None)  # those are the trace's
         return list(work.grads), (work.scalars, work.rest)
 
     def walk(self, opt_state: PyTree, params: PyTree, *, consume: bool) -> Walk:
