@@ -1,6 +1,8 @@
 """Optimizer state in host memory: what goes there, that the numbers stay the same, and that they stay there."""
 
+import gc
 import math
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -191,8 +193,52 @@ def test_what_a_trace_made_does_not_outlive_it():
         zerojax.apply(tx, params(), state, params())
 
 
+def test_transformations_that_trace_around_apply():
+    now = {"w": jnp.asarray(np.random.default_rng(0).standard_normal((64, 32)), jnp.float32)}
+    results = []
+    for offload in (None, "pinned_host"):
+        plan = zerojax.make_plan(now, mesh_of(2), stage=1, offload=offload, min_size=64)
+        plateau = optax.contrib.reduce_on_plateau(patience=1)
+        tx = zerojax.zero(zerojax.chain(plateau, zerojax.fused_adam(1e-2)), plan)
+        state = tx.init(now)
+
+        def total(c, value=1.0, *, tx=tx, state=state):
+            return zerojax.apply(tx, {"w": c * now["w"]}, state, now, value=value)[0]["w"].sum()
+
+        by_value = jax.jit(lambda value, total=total: total(1.0, value))(1.0)
+        results.append((jax.jit(lambda total=total: total(1.0))(), by_value, jax.grad(total)(1.0), total(1.0)))
+        results.append(jax.vmap(total)(jnp.arange(3.0)))
+        jax.grad(lambda c, tx=tx, state=state: tx.update({"w": c * now["w"]}, state, now, value=1.0)[0]["w"].sum())(1.0)
+    plain, several, offloaded, also = results
+    for x, y in zip([*plain, *several], [*offloaded, *also], strict=True):
+        # Sums of 2048 numbers of either sign, by programs that XLA fuses in other ways.
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-4)
+
+
+def test_apply_is_compiled_once_and_what_is_compiled_lives_as_long_as_its_transformation():
+    class Mark:
+        pass
+
+    now = {"w": jnp.ones((64, 32))}
+    for inner, offload in ((optax.sgd(1e-2), None), (zerojax.fused_adam(1e-2), "pinned_host")):
+        plan = zerojax.make_plan(now, mesh_of(2), stage=1, offload=offload, min_size=64)
+        traces = []
+        counted = optax.stateless(lambda g, p, traces=traces: traces.append(0) or g)
+        tx = zerojax.zero(zerojax.chain(counted, inner), plan)
+        state = tx.init(now)
+        _, state = zerojax.apply(tx, now, state, now)
+        traces.clear()
+        zerojax.apply(tx, now, state, now)
+        assert not traces
+        tx.mark = Mark()
+        mark = weakref.ref(tx.mark)
+        del tx, state
+        gc.collect()
+        assert mark() is None
+
+
 def test_any_other_optimizer_is_moved_whole_and_says_so():
-    with pytest.warns(UserWarning, match=r"moved to the device as a whole.*none of zerojax's"):
+    with pytest.warns(UserWarning, match=r"moved to the device as a whole.*none of zerojax's optimizers"):
         _, state, losses = train(optax.adamw(1e-2), mesh_of(2), 1, "pinned_host")
     _, there, same = train(optax.adamw(1e-2), mesh_of(2), 1, None)
     assert losses == same
@@ -211,6 +257,36 @@ def test_states_go_away_and_come_back():
     back = zerojax.reload_states(away, tx.plan)
     assert jax.tree.map(lambda x: x.sharding.memory_kind, back) == kinds
     assert_same(before, arrays(tx, back))
+
+
+@pytest.mark.parametrize("offload", [None, "pinned_host"])
+def test_a_state_that_is_away_goes_nowhere_twice_and_into_no_step(offload):
+    plan = zerojax.make_plan(params(), mesh_of(2), stage=1, offload=offload, min_size=1024)
+    tx = zerojax.zero(OPTIMIZERS["bfloat16"](), plan)
+    state = zerojax.create_train_state(params(), tx, plan)
+    state = state._replace(skipped=state.step)  # one array at two leaves
+    before = arrays(tx, state)
+    away = zerojax.offload_states(zerojax.offload_states(state, plan), plan)
+    with pytest.raises(ValueError, match="went into an earlier step, or was offloaded"):
+        zerojax.offload_states(state, plan)
+    step = zerojax.make_train_step(loss, tx, plan)
+    with pytest.raises(ValueError, match=r"is in pinned_host memory.*zerojax.reload_states\(state, plan\)"):
+        step(away, batches(1)[0])
+    back = zerojax.reload_states(zerojax.reload_states(away, plan), plan)
+    assert_same(before, arrays(tx, back))
+    with pytest.raises(TypeError, match="offload_states wants the TrainState of create_train_state, got dict"):
+        zerojax.offload_states(back.params, plan)
+    with pytest.raises(ValueError, match="call it outside"):
+        jax.jit(lambda state: zerojax.offload_states(state, plan))(back)
+
+
+def test_a_state_that_the_host_cannot_hold_stays_where_it_is(monkeypatch):
+    plan = zerojax.make_plan(params(), mesh_of(2), stage=1, min_size=1024)
+    state = zerojax.create_train_state(params(), optax.sgd(1e-2), plan)
+    monkeypatch.setattr(host.os, "sysconf", lambda name: 2)
+    with pytest.raises(MemoryError, match="the state has"):
+        zerojax.offload_states(state, plan)
+    assert not any(x.is_deleted() for x in jax.tree.leaves(state))
 
 
 def planned(**offload):

@@ -250,22 +250,22 @@ def at_rest(x: jax.Array, rest: Rest, mesh: meshes.AnyMesh) -> Any:
     return jax.device_put(cut(x, rest.grid), rest.sharding(mesh)) if rest.on_host else x
 
 
-def check_room(bytes_per_device: int, mesh: meshes.AnyMesh) -> None:
-    """Raises `MemoryError` where this process has less host memory than the plan wants to pin."""
+def check_room(bytes_per_device: int, mesh: meshes.AnyMesh, what: str = "the optimizer's state has") -> None:
+    """Raises `MemoryError` where this process has less host memory than is to be pinned."""
     if not bytes_per_device or not isinstance(mesh, jax.sharding.Mesh):
         return
     wanted = bytes_per_device * len(mesh.local_devices)
-    shown = f"{wanted / 1e9:.1f} GB of the optimizer's state in this process's host memory"
+    shown = f"{what} {wanted / 1e9:.1f} GB for this process's host memory"
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if wanted > machine:
         raise MemoryError(
-            f"the plan keeps {shown}, the machine has {machine / 1e9:.1f} GB: take more devices, narrower moments or a "
+            f"{shown}, the machine has {machine / 1e9:.1f} GB: take more devices, narrower moments or a "
             "smaller Offload(fraction=)."
         )
     limit = int(os.environ.get(_POOL, "64")) * 2**30
     if not meshes.simulated(mesh) and wanted > limit:
         raise MemoryError(
-            f"the plan keeps {shown}, JAX pins at most {limit / 1e9:.1f} GB: put {_POOL}="
+            f"{shown}, JAX pins at most {limit / 1e9:.1f} GB: put {_POOL}="
             f"{math.ceil(1.1 * wanted / 2**30)} into the environment before the program starts."
         )
 

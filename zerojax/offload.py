@@ -25,7 +25,7 @@ from zerojax.fused import Work, prepare_link
 from zerojax.host import Absent, Pieces, Rest
 from zerojax.plan import Plan
 from zerojax.shards import Part, Rule
-from zerojax.zero import ZeroTransformation
+from zerojax.zero import ZeroTransformation, once
 
 PyTree = Any
 
@@ -387,55 +387,7 @@ def _free_unless_shared(old: jax.Array, new: jax.Array) -> None:
         old.delete()
 
 
-def offload_states(state: Any, plan: Plan) -> Any:
-    """A `TrainState` with all its arrays in host memory, so that the device is free between phases of training.
-
-    The arrays that came are freed. `reload_states` brings them back bit for bit.
-
-    Args:
-      state: A `TrainState`.
-      plan: The plan that it was made with.
-
-    Example:
-      >>> import optax, zerojax
-      >>> mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-      >>> plan = zerojax.make_plan({"w": jnp.ones(4)}, mesh, stage=1)
-      >>> state = zerojax.create_train_state({"w": jnp.ones(4)}, optax.sgd(0.1), plan)
-      >>> away = offload_states(state, plan)
-      >>> away.params["w"].sharding.memory_kind
-      'pinned_host'
-      >>> reload_states(away, plan).params["w"].sharding.memory_kind
-      'device'
-    """
-    plan.check(state.params)
-    return jax.tree.map(lambda x: _put(x, x.sharding.with_memory_kind(host.HOST)), state)
-
-
-def reload_states(state: Any, plan: Plan) -> Any:
-    """A `TrainState` back from `offload_states`, where the plan wants it."""
-    plan.check(state.params)
-    arrays: list[Any] = jax.tree.leaves(state.opt_state, is_leaf=host.is_pieces)
-    treedef: Any = jax.tree.structure(state.opt_state, is_leaf=host.is_pieces)
-    shapes = treedef.unflatten(jax.ShapeDtypeStruct(host.whole_shape(x), jax.tree.leaves(x)[0].dtype) for x in arrays)
-    rests = jax.tree.leaves(plan.rests_of(shapes, None))
-    opt_state = treedef.unflatten(
-        x if rest.on_host else _put(x, x.sharding.with_memory_kind(host.DEVICE))
-        for x, rest in zip(arrays, rests, strict=True)
-    )
-    device = jax.tree.map(lambda x: _put(x, x.sharding.with_memory_kind(host.DEVICE)), state._replace(opt_state=None))
-    return device._replace(opt_state=opt_state)
-
-
-def _put(x: jax.Array, sharding: Any) -> jax.Array:
-    """An array in another memory; the one that came is freed."""
-    new = jax.device_put(x, sharding)
-    if new is not x:
-        new.block_until_ready()
-        x.delete()
-    return new
-
-
-@functools.lru_cache(maxsize=16)
+@once
 def streamed(tx: ZeroTransformation) -> Streamed | None:
     """The streamed step of a transformation, or None where there is nothing to stream.
 
@@ -443,7 +395,7 @@ def streamed(tx: ZeroTransformation) -> Streamed | None:
     """
     if not any(rest.on_host for rest in jax.tree.leaves(tx.rests)):
         return None
-    why = "its optimizer is none of zerojax's"
+    why = "it is none of zerojax's optimizers, or wrapped in what hides one, optax.chain for instance"
     if tx.unit is not None:
         new = Streamed(tx)
         small = [jax.ShapeDtypeStruct(rest.shape, rest.dtype) for rest in new._rests if rest.param is None]
@@ -455,7 +407,8 @@ def streamed(tx: ZeroTransformation) -> Streamed | None:
             why = f"a link before its optimizer wants params, or keeps arrays like theirs ({type(e).__name__}: {e})"
     warnings.warn(
         f"the optimizer's state in host memory is moved to the device as a whole at each step, not in buckets: {why}. "
-        "zerojax.fused_adam, fused_adamw and fused_lamb, behind links that scale all gradients, are streamed.",
-        stacklevel=3,
+        "Streamed are zerojax.fused_adam, fused_adamw and fused_lamb, in zerojax.chain behind links that scale all "
+        "gradients.",
+        stacklevel=4,
     )
     return None
