@@ -153,8 +153,8 @@ class TrainStep:
         if jax.tree.structure(state) != self._treedef:
             raise ValueError(
                 "the state was created with another tx, plan or loss_scale than the step: its opt_state and "
-                f"loss_scale are {jax.tree.structure(state[2:4])}. Pass the same tx, plan and loss_scale to create_train_state and "
-                "make_train_step."
+                f"loss_scale are {jax.tree.structure(state[2:4])}. Pass the same tx, plan and loss_scale to "
+                "create_train_state and make_train_step."
             )
 
     def _explain_placement(self, state: TrainState, cause: ValueError) -> None:
