@@ -23,8 +23,8 @@ def apply(
     """One optimizer step: `tx.update` and `optax.apply_updates`, in one pass where `tx` allows.
 
     A fused optimizer is seen through `chain` and `zero`; any other transformation takes the two passes. State that the
-    plan keeps in host memory is streamed through the device, unless the call is inside a jit: there it is moved as a
-    whole, which is slower and needs room for all of it.
+    plan keeps in host memory is streamed through the device, unless the call is inside a jit, or one of `extra_args` is
+    a function: then it is moved as a whole, which is slower and needs room for all of it.
 
     Args:
       tx: Any Optax transformation.
