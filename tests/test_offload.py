@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 
 import zerojax
-from zerojax import host
+from zerojax import host, selection
 
 # 10 bytes of state a param: the first leaf is cut on eight devices too, where a piece has a megabyte at least.
 SHAPES = {"big": (8, 256, 576), "small": (96, 40), "bias": (40,), "one": (3,)}
@@ -322,7 +322,7 @@ def test_buckets_are_less_than_four_of_those_asked_for():
     ("shape", "cuts", "count"), [((24, 2048, 8192), (1, 1, 8), 100), ((50257, 768), (1, 1), 7), ((7, 11), (1, 1), 5)]
 )
 def test_grids_cut_what_is_whole_into_equal_parts(shape, cuts, count):
-    grid = host.grid_of(shape, cuts, count)
+    grid = selection.grid_of(shape, cuts, count)
     assert all(n % k == 0 for n, k in zip(shape, grid, strict=True)) and math.prod(grid) >= count
     assert all(k == 1 for k, cut in zip(grid, cuts, strict=True) if cut > 1)
     x = jnp.arange(math.prod(shape[-2:])).reshape(shape[-2:]) if len(shape) == 2 else jnp.zeros((24, 8, 32))
