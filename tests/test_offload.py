@@ -2,6 +2,7 @@
 
 import gc
 import math
+import warnings
 import weakref
 
 import jax
@@ -182,6 +183,21 @@ def test_a_mask_sees_the_dtypes_of_params_that_are_elsewhere():
         plan = zerojax.make_plan(now, mesh_of(2), stage=1, offload=offload, min_size=1024)
         tx = zerojax.zero(zerojax.fused_adamw(0.1, weight_decay=0.5, mask=wide), plan)
         results.append(jax.device_get(zerojax.apply(tx, now, tx.init(now), now)[0]))
+    assert_same(*results)
+
+
+@pytest.mark.parametrize("dtype", [None, "int8"])
+def test_a_count_is_no_part_of_a_lists_first_param(dtype):
+    now = [jnp.float32(1), jnp.ones((64, 32))]
+    tx = zerojax.chain(zerojax.fused_adam(1e-2, mu_dtype=dtype, nu_dtype=dtype))
+    results = []
+    for offload in (None, "pinned_host"):
+        plan = zerojax.make_plan(now, mesh_of(2), stage=1, offload=offload, min_size=64)
+        (state,) = plan.rests(tx)
+        assert state.count.param is None and {x.param for x in jax.tree.leaves(state.mu)} == {0, 1}
+        sharded = zerojax.zero(tx, plan)
+        with warnings.catch_warnings(action="error"):
+            results.append(jax.device_get(zerojax.apply(sharded, now, sharded.init(now), now)[0]))
     assert_same(*results)
 
 

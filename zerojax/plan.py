@@ -24,6 +24,7 @@ from zerojax.meshes import AnyMesh
 
 PyTree = Any
 STAGES = (0, 1, 2, 3)
+_CODES = jax.tree_util.GetAttrKey("codes")  # of `formats.Blocks`
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -181,7 +182,8 @@ class Plan:
                 if (number := numbers.get(path[start:end])) is not None:
                     leaf = self.leaves[number]
                     like = leaf.sharded if self.stage >= 1 else leaf.whole
-                    if leaf.shape == shape:
+                    # A number in a chain's first link, its count, stands where a list's first param would.
+                    if leaf.shape == shape and (shape or end == len(path) or path[-1] == _CODES):
                         return number, like
                     if end < len(path) and _is_grouped(leaf.shape, shape):
                         return number, layout.grouped_spec(self.mesh, leaf.shape, like, formats.GROUP)
