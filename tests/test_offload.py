@@ -1,6 +1,9 @@
 """Optimizer state in host memory: what goes there, that the numbers stay the same, and that they stay there."""
 
+import gc
 import math
+import warnings
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +13,7 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 
 import zerojax
-from zerojax import host
+from zerojax import host, selection
 
 # 10 bytes of state a param: the first leaf is cut on eight devices too, where a piece has a megabyte at least.
 SHAPES = {"big": (8, 256, 576), "small": (96, 40), "bias": (40,), "one": (3,)}
@@ -160,17 +163,98 @@ def test_a_loop_of_ones_own(how):
         np.testing.assert_allclose(np.asarray(x, np.float64), np.asarray(y, np.float64), rtol=1e-6, atol=1e-9)
 
 
-def test_apply_keeps_what_it_was_given():
-    plan = zerojax.make_plan(params(), mesh_of(2), stage=1, offload=SMALL, min_size=1024)
+@pytest.mark.parametrize("pattern", [None, "nu"])  # with "nu", mu stays on the device
+def test_apply_keeps_what_it_was_given(pattern):
+    offload = zerojax.Offload(bucket_bytes=2**18, pattern=pattern)
+    given = params() | {"number": jnp.float32(0.5), "empty": jnp.zeros((0, 4))}
+    plan = zerojax.make_plan(given, mesh_of(2), stage=1, offload=offload, min_size=1024)
     tx = zerojax.zero(OPTIMIZERS["int8"](), plan)
-    state, now = tx.init(params()), params()
+    state, now = tx.init(given), given
     grads = jax.tree.map(jnp.ones_like, now)
     first = zerojax.apply(tx, grads, state, now)
     assert_same(jax.device_get(first), jax.device_get(zerojax.apply(tx, grads, state, now)))
 
 
+def test_a_mask_sees_the_dtypes_of_params_that_are_elsewhere():
+    now = params() | {"one": jnp.ones(3, jnp.float32)}
+    wide = lambda p: jax.tree.map(lambda x: x.dtype == jnp.float32, p)
+    results = []
+    for offload in (None, "pinned_host"):
+        plan = zerojax.make_plan(now, mesh_of(2), stage=1, offload=offload, min_size=1024)
+        tx = zerojax.zero(zerojax.fused_adamw(0.1, weight_decay=0.5, mask=wide), plan)
+        results.append(jax.device_get(zerojax.apply(tx, now, tx.init(now), now)[0]))
+    assert_same(*results)
+
+
+@pytest.mark.parametrize("dtype", [None, "int8"])
+def test_a_count_is_no_part_of_a_lists_first_param(dtype):
+    now = [jnp.float32(1), jnp.ones((64, 32))]
+    tx = zerojax.chain(zerojax.fused_adam(1e-2, mu_dtype=dtype, nu_dtype=dtype))
+    results = []
+    for offload in (None, "pinned_host"):
+        plan = zerojax.make_plan(now, mesh_of(2), stage=1, offload=offload, min_size=64)
+        (state,) = plan.rests(tx)
+        assert state.count.param is None and {x.param for x in jax.tree.leaves(state.mu)} == {0, 1}
+        sharded = zerojax.zero(tx, plan)
+        with warnings.catch_warnings(action="error"):
+            results.append(jax.device_get(zerojax.apply(sharded, now, sharded.init(now), now)[0]))
+    assert_same(*results)
+
+
+def test_what_a_trace_made_does_not_outlive_it():
+    plan = zerojax.make_plan(params(), mesh_of(2), stage=1, offload="pinned_host", min_size=1024)
+    tx = zerojax.zero(OPTIMIZERS["split"](), plan)
+    state = tx.init(params())
+    with jax.checking_leaks():
+        zerojax.apply(tx, params(), state, params())
+
+
+def test_transformations_that_trace_around_apply():
+    now = {"w": jnp.asarray(np.random.default_rng(0).standard_normal((64, 32)), jnp.float32)}
+    results = []
+    for offload in (None, "pinned_host"):
+        plan = zerojax.make_plan(now, mesh_of(2), stage=1, offload=offload, min_size=64)
+        plateau = optax.contrib.reduce_on_plateau(patience=1)
+        tx = zerojax.zero(zerojax.chain(plateau, zerojax.fused_adam(1e-2)), plan)
+        state = tx.init(now)
+
+        def total(c, value=1.0, *, tx=tx, state=state):
+            return zerojax.apply(tx, {"w": c * now["w"]}, state, now, value=value)[0]["w"].sum()
+
+        by_value = jax.jit(lambda value, total=total: total(1.0, value))(1.0)
+        results.append((jax.jit(lambda total=total: total(1.0))(), by_value, jax.grad(total)(1.0), total(1.0)))
+        results.append(jax.vmap(total)(jnp.arange(3.0)))
+        jax.grad(lambda c, tx=tx, state=state: tx.update({"w": c * now["w"]}, state, now, value=1.0)[0]["w"].sum())(1.0)
+    plain, several, offloaded, also = results
+    for x, y in zip([*plain, *several], [*offloaded, *also], strict=True):
+        # Sums of 2048 numbers of either sign, by programs that XLA fuses in other ways.
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-4)
+
+
+def test_apply_is_compiled_once_and_what_is_compiled_lives_as_long_as_its_transformation():
+    class Mark:
+        pass
+
+    now = {"w": jnp.ones((64, 32))}
+    for inner, offload in ((optax.sgd(1e-2), None), (zerojax.fused_adam(1e-2), "pinned_host")):
+        plan = zerojax.make_plan(now, mesh_of(2), stage=1, offload=offload, min_size=64)
+        traces = []
+        counted = optax.stateless(lambda g, p, traces=traces: traces.append(0) or g)
+        tx = zerojax.zero(zerojax.chain(counted, inner), plan)
+        state = tx.init(now)
+        _, state = zerojax.apply(tx, now, state, now)
+        traces.clear()
+        zerojax.apply(tx, now, state, now)
+        assert not traces
+        tx.mark = Mark()
+        mark = weakref.ref(tx.mark)
+        del tx, state
+        gc.collect()
+        assert mark() is None
+
+
 def test_any_other_optimizer_is_moved_whole_and_says_so():
-    with pytest.warns(UserWarning, match=r"moved to the device as a whole.*none of zerojax's"):
+    with pytest.warns(UserWarning, match=r"moved to the device as a whole.*none of zerojax's optimizers"):
         _, state, losses = train(optax.adamw(1e-2), mesh_of(2), 1, "pinned_host")
     _, there, same = train(optax.adamw(1e-2), mesh_of(2), 1, None)
     assert losses == same
@@ -189,6 +273,36 @@ def test_states_go_away_and_come_back():
     back = zerojax.reload_states(away, tx.plan)
     assert jax.tree.map(lambda x: x.sharding.memory_kind, back) == kinds
     assert_same(before, arrays(tx, back))
+
+
+@pytest.mark.parametrize("offload", [None, "pinned_host"])
+def test_a_state_that_is_away_goes_nowhere_twice_and_into_no_step(offload):
+    plan = zerojax.make_plan(params(), mesh_of(2), stage=1, offload=offload, min_size=1024)
+    tx = zerojax.zero(OPTIMIZERS["bfloat16"](), plan)
+    state = zerojax.create_train_state(params(), tx, plan)
+    state = state._replace(skipped=state.step)  # one array at two leaves
+    before = arrays(tx, state)
+    away = zerojax.offload_states(zerojax.offload_states(state, plan), plan)
+    with pytest.raises(ValueError, match="went into an earlier step, or was offloaded"):
+        zerojax.offload_states(state, plan)
+    step = zerojax.make_train_step(loss, tx, plan)
+    with pytest.raises(ValueError, match=r"is in pinned_host memory.*zerojax.reload_states\(state, plan\)"):
+        step(away, batches(1)[0])
+    back = zerojax.reload_states(zerojax.reload_states(away, plan), plan)
+    assert_same(before, arrays(tx, back))
+    with pytest.raises(TypeError, match="offload_states wants the TrainState of create_train_state, got dict"):
+        zerojax.offload_states(back.params, plan)
+    with pytest.raises(ValueError, match="call it outside"):
+        jax.jit(lambda state: zerojax.offload_states(state, plan))(back)
+
+
+def test_a_state_that_the_host_cannot_hold_stays_where_it_is(monkeypatch):
+    plan = zerojax.make_plan(params(), mesh_of(2), stage=1, min_size=1024)
+    state = zerojax.create_train_state(params(), optax.sgd(1e-2), plan)
+    monkeypatch.setattr(host.os, "sysconf", lambda name: 2)
+    with pytest.raises(MemoryError, match="the state has"):
+        zerojax.offload_states(state, plan)
+    assert not any(x.is_deleted() for x in jax.tree.leaves(state))
 
 
 def planned(**offload):
@@ -224,7 +338,7 @@ def test_buckets_are_less_than_four_of_those_asked_for():
     ("shape", "cuts", "count"), [((24, 2048, 8192), (1, 1, 8), 100), ((50257, 768), (1, 1), 7), ((7, 11), (1, 1), 5)]
 )
 def test_grids_cut_what_is_whole_into_equal_parts(shape, cuts, count):
-    grid = host.grid_of(shape, cuts, count)
+    grid = selection.grid_of(shape, cuts, count)
     assert all(n % k == 0 for n, k in zip(shape, grid, strict=True)) and math.prod(grid) >= count
     assert all(k == 1 for k, cut in zip(grid, cuts, strict=True) if cut > 1)
     x = jnp.arange(math.prod(shape[-2:])).reshape(shape[-2:]) if len(shape) == 2 else jnp.zeros((24, 8, 32))

@@ -82,6 +82,18 @@ def test_the_loss_that_is_compiled_is_a_language_models(llama):
     assert size.count == sum(x.size for x in jax.tree.leaves(params))
 
 
+# LAMB wants whole leaves: of a model that stacks its layers four of the largest are all of the state.
+@pytest.mark.parametrize(("name", "share"), [("adamw", 0.5), ("lamb", 1.0), ("lion", 1.0)])
+def test_state_that_is_not_streamed_in_pieces_has_to_fit(name, share):
+    c = config.default()
+    c.optimizer.name = name
+    c.zero.offload.bucket_bytes = 2**20
+    size = dataclasses.replace(TINY, width=256, hidden=1024)
+    found = {s.name: s for s in fit.settings(c, size, 1, dtype="bfloat16", remat=False)}
+    on_device, whole = (found[key].opt_state for key in ("stage 1, offload", "stage 1"))
+    assert on_device < share * whole if share < 1 else on_device == whole
+
+
 @pytest.mark.parametrize("count", [3e6, 125e6, 350e6, 1.3e9, 7e9, 70e9, 1e12])
 def test_a_count_is_met(count):
     assert sizes.of_count(count).count == pytest.approx(count, rel=0.02)

@@ -11,8 +11,6 @@ from zerojax.host import Offload as Offload
 from zerojax.masters import full_precision as full_precision
 from zerojax.masters import master_weights as master_weights
 from zerojax.masters import skip_nonfinite as skip_nonfinite
-from zerojax.offload import offload_states as offload_states
-from zerojax.offload import reload_states as reload_states
 from zerojax.optimizers import fused_adam as fused_adam
 from zerojax.optimizers import fused_adamw as fused_adamw
 from zerojax.optimizers import fused_lamb as fused_lamb
@@ -22,6 +20,8 @@ from zerojax.plan import make_plan as make_plan
 from zerojax.precision import LossScale as LossScale
 from zerojax.precision import dynamic_loss_scale as dynamic_loss_scale
 from zerojax.precision import static_loss_scale as static_loss_scale
+from zerojax.states import offload_states as offload_states
+from zerojax.states import reload_states as reload_states
 from zerojax.step import TrainState as TrainState
 from zerojax.step import create_train_state as create_train_state
 from zerojax.step import make_eval_step as make_eval_step

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,14 +16,14 @@ from jax.sharding import AbstractMesh, AxisType
 from ml_collections import ConfigDict
 
 from zerojax import config as configs
-from zerojax import layout, report
+from zerojax import host, layout, report
+from zerojax.offload import streamed
 from zerojax.plan import Plan, make_plan
 from zerojax.sizes import LAYERWISE, Sizes
 from zerojax.step import TrainState, make_train_step
 from zerojax.zero import zero
 
 PyTree = Any
-BUCKETS = 4  # buckets of state on a device while an offloaded update runs, at most
 RESERVED = 0.06  # of a device's memory, for the runtime and what the allocator cannot join
 
 
@@ -34,7 +35,8 @@ class Setting:
       name: As the table has it.
       keys: The config's keys that say it.
       params: At rest.
-      opt_state: At rest; with offload the buckets in flight, too.
+      opt_state: At rest; with offload what is on the device to be updated, too: four buckets, or, of an optimizer that
+        is not streamed, all.
       grads: While a step runs: whole gradients below stage 3, since a scan over layers stacks them before they are
         scattered; at stage 3 shards, and the largest gathered layer with its gradient; and the sums of micro-batches.
       host: At rest, in each device's share of host memory.
@@ -158,16 +160,30 @@ def _setting(
         grads += plan.memory(tx, grad_dtype="float32").grads
     if plan.stage == 3:
         grads += _largest_layer(plan, sizes, dtype)
-    buckets = min(memory.host, BUCKETS * c.zero.offload.bucket_bytes)
     return Setting(
         name=name,
         keys=keys,
         params=memory.params,
-        opt_state=memory.opt_state + buckets,
+        opt_state=memory.opt_state + _in_flight(plan, tx, c.zero.offload.bucket_bytes),
         grads=grads,
         host=memory.host,
         row=sizes.row_bytes(dtype, remat=remat),
     )
+
+
+def _in_flight(plan: Plan, tx: optax.GradientTransformation, bucket_bytes: int) -> int:
+    """Bytes of offloaded state that are on a device while an update runs, at most."""
+    rests = [rest for rest in jax.tree.leaves(plan.rests(tx)) if rest.on_host]
+    total = sum(rest.size for rest in rests)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what a step does, which none is yet
+        if streamed(zero(tx, plan)) is None:
+            return total
+    pieces = [0] * len(plan.leaves)  # of each param: a leaf that cannot be cut is a bucket, whatever its size
+    for rest in rests:
+        if rest.param is not None:
+            pieces[rest.param] += rest.size // math.prod(rest.grid)
+    return min(total, host.LIVE * max(bucket_bytes, *pieces))
 
 
 def _largest_layer(plan: Plan, sizes: Sizes, dtype: str) -> int:

@@ -1,4 +1,4 @@
-"""What of an optimizer's state lives in host memory, and in what pieces. All by shapes.
+"""How what an optimizer keeps in host memory lies there, and how it comes to the device and goes back.
 
 Transfers move whole arrays, so a leaf that is larger than a bucket is kept as several: `Pieces`, a node of the state's
 tree. Pieces are equal blocks of a leaf, cut along dims that no mesh axis shards, so that cutting moves nothing.
@@ -19,7 +19,6 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from pallas_kernels import formats
 from zerojax import meshes
 
 PyTree = Any
@@ -85,53 +84,6 @@ def as_offload(offload: str | Offload | None) -> Offload | None:
     if offload is None or isinstance(offload, Offload):
         return offload
     raise ValueError(f"offload must be None, {HOST!r} or a zerojax.Offload, got {offload!r}.")
-
-
-def moved(sizes: Sequence[int], candidates: Sequence[bool], least: int, most: int) -> list[bool]:
-    """Which leaves move: of the candidates the largest, until at least `least` bytes do, but never more than `most`.
-
-    Example:
-      >>> moved([5, 80, 15], [True, True, True], least=20, most=20)
-      [True, False, True]
-    """
-    chosen, total = [False] * len(sizes), 0
-    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-        if candidates[i] and total < least and total + sizes[i] <= most:
-            chosen[i], total = True, total + sizes[i]
-    return chosen
-
-
-def grid_of(shape: Sequence[int], cuts: Sequence[int], count: int) -> tuple[int, ...]:
-    """Into how many equal parts each dim is cut, for `count` pieces or a few more; leading dims first.
-
-    Args:
-      shape: Of a leaf.
-      cuts: Into how many shards each dim is cut already; only dims of one are cut further.
-      count: Wanted pieces; where the dims have no such divisors there are fewer.
-
-    Example:
-      >>> grid_of((24, 2048, 8192), (1, 1, 8), 100)
-      (8, 16, 1)
-      >>> grid_of((50257, 2048), (1, 1), 30)
-      (1, 32)
-    """
-    parts = [_divisors(_units(shape, d)) if cuts[d] == 1 else [1] for d in range(len(shape))]
-
-    def preference(grid: tuple[int, ...]) -> tuple[Any, ...]:
-        pieces = math.prod(grid)
-        return pieces < count, pieces if pieces >= count else -pieces, [-k for k in grid]
-
-    return min(itertools.product(*parts), key=preference)
-
-
-def _units(shape: Sequence[int], dim: int) -> int:
-    """How many parts a dim may have: along the last, groups of 8-bit numbers stay whole."""
-    n = shape[dim]
-    return n if dim < len(shape) - 1 else (n // formats.GROUP if n % formats.GROUP == 0 else 1)
-
-
-def _divisors(n: int) -> list[int]:
-    return sorted({k for d in range(1, math.isqrt(n) + 1) if n % d == 0 for k in (d, n // d)}) or [1]
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["parts"], meta_fields=["grid"])
@@ -250,22 +202,22 @@ def at_rest(x: jax.Array, rest: Rest, mesh: meshes.AnyMesh) -> Any:
     return jax.device_put(cut(x, rest.grid), rest.sharding(mesh)) if rest.on_host else x
 
 
-def check_room(bytes_per_device: int, mesh: meshes.AnyMesh) -> None:
-    """Raises `MemoryError` where this process has less host memory than the plan wants to pin."""
+def check_room(bytes_per_device: int, mesh: meshes.AnyMesh, what: str = "the optimizer's state has") -> None:
+    """Raises `MemoryError` where this process has less host memory than is to be pinned."""
     if not bytes_per_device or not isinstance(mesh, jax.sharding.Mesh):
         return
     wanted = bytes_per_device * len(mesh.local_devices)
-    shown = f"{wanted / 1e9:.1f} GB of the optimizer's state in this process's host memory"
+    shown = f"{what} {wanted / 1e9:.1f} GB for this process's host memory"
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if wanted > machine:
         raise MemoryError(
-            f"the plan keeps {shown}, the machine has {machine / 1e9:.1f} GB: take more devices, narrower moments or a "
+            f"{shown}, the machine has {machine / 1e9:.1f} GB: take more devices, narrower moments or a "
             "smaller Offload(fraction=)."
         )
     limit = int(os.environ.get(_POOL, "64")) * 2**30
     if not meshes.simulated(mesh) and wanted > limit:
         raise MemoryError(
-            f"the plan keeps {shown}, JAX pins at most {limit / 1e9:.1f} GB: put {_POOL}="
+            f"{shown}, JAX pins at most {limit / 1e9:.1f} GB: put {_POOL}="
             f"{math.ceil(1.1 * wanted / 2**30)} into the environment before the program starts."
         )
 

@@ -105,10 +105,15 @@ def shape_dtype(x: Any, name: str) -> tuple[tuple[int, ...], np.dtype]:
     return tuple(np.shape(x)), x.dtype if isinstance(x, jax.ShapeDtypeStruct) else jax.numpy.result_type(x)
 
 
+def cuts(mesh: AnyMesh, shape: tuple[int, ...], spec: PartitionSpec) -> list[int]:
+    """Into how many shards each dim is cut."""
+    return [*(meshes.shards(mesh, entry) for entry in spec), *[1] * (len(shape) - len(spec))]
+
+
 def shard_bytes(mesh: AnyMesh, x: jax.ShapeDtypeStruct, spec: PartitionSpec) -> int:
     """Bytes of one shard of an array."""
-    cuts = [*(meshes.shards(mesh, entry) for entry in spec), *[1] * (len(x.shape) - len(spec))]
-    return math.prod(-(-n // cut) for n, cut in zip(x.shape, cuts, strict=True)) * x.dtype.itemsize
+    parts = cuts(mesh, x.shape, spec)
+    return math.prod(-(-n // cut) for n, cut in zip(x.shape, parts, strict=True)) * x.dtype.itemsize
 
 
 def total_bytes(mesh: AnyMesh, shapes: PyTree, specs: PyTree) -> int:

@@ -23,8 +23,9 @@ def abstract(mesh: AnyMesh) -> AbstractMesh:
 
 
 def tracing(tree: PyTree) -> bool:
-    """Whether a tree holds tracers, that is, whether the caller is inside a transformation."""
-    return any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tree))
+    """Whether a tree holds tracers, or the caller is inside a jit, to which the tree is a constant."""
+    is_tracer = lambda x: isinstance(x, jax.core.Tracer)
+    return any(map(is_tracer, jax.tree.leaves(tree))) or is_tracer(jax.lax.iota("int32", 1))
 
 
 def check_devices(mesh: AnyMesh) -> None:

@@ -12,118 +12,20 @@ import dataclasses
 import functools
 import math
 import warnings
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from zerojax import host, meshes, shards
+from zerojax import host, meshes
+from zerojax.buckets import Bucket, Piece, Program, Row
 from zerojax.fused import Work, prepare_link
 from zerojax.host import Absent, Pieces, Rest
-from zerojax.plan import Plan
-from zerojax.shards import Part, Rule
-from zerojax.zero import ZeroTransformation
+from zerojax.zero import ZeroTransformation, once
 
 PyTree = Any
-
-
-@dataclasses.dataclass(frozen=True)
-class _Row:
-    """What a program knows of a leaf, or of a piece of one, and what it does there.
-
-    Attributes:
-      shape: Of the whole param.
-      grid: Of its pieces.
-      spec: Of the param while it is updated.
-      decay: Whether it decays.
-      stored: Structure of (param, mu, nu), each in its format.
-      moved: Of each array of those, whether it comes in pieces from the host.
-      specs: Of each array.
-    """
-
-    shape: tuple[int, ...]
-    grid: tuple[int, ...]
-    spec: PartitionSpec
-    decay: bool
-    stored: Any
-    moved: tuple[bool, ...]
-    specs: tuple[PartitionSpec, ...]
-
-    def split(self, arrays: Sequence[Any]) -> tuple[list[Any], list[Any]]:
-        """What stays on the device, and what moves."""
-        flags = list(zip(arrays, self.moved, strict=True))
-        return [x for x, moved in flags if not moved], [x for x, moved in flags if moved]
-
-    def merge(self, kept: Sequence[Any], moved: Sequence[Any]) -> list[Any]:
-        """All arrays, in order."""
-        sources = {False: iter(kept), True: iter(moved)}
-        return [next(sources[flag]) for flag in self.moved]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Program:
-    """The update of one bucket; buckets of like leaves share it.
-
-    Attributes:
-      rows: Of the bucket.
-      leaving: Specs of the last bucket's pieces.
-    """
-
-    plan: Plan
-    rule: Rule
-    implementation: str | None
-    rows: tuple[_Row, ...]
-    leaving: tuple[PartitionSpec, ...]
-
-    @functools.cached_property
-    def run(self) -> Callable[..., Any]:
-        """`run(kept, moved, grads, scalars, numbers, at, leaving) -> (kept, moved, left)`.
-
-        `kept` and `moved`, lists a row of lists of arrays, are donated: whole arrays of the device, of which a row's
-        piece is replaced, and pieces. `numbers` int32[rows] are the leaves', `at` int32[rows, dims] places in grids.
-        `leaving` are pieces, and `left` the same on the host.
-        """
-        mesh = self.plan.mesh
-        split_specs = [row.split(row.specs) for row in self.rows]
-        specs = tuple([pair[k] for pair in split_specs] for k in (0, 1))
-        update = meshes.on_mesh(mesh, self._update, specs)
-        out = [NamedSharding(mesh, spec, memory_kind=host.HOST) for spec in self.leaving]
-
-        def run(kept: Any, moved: Any, grads: Any, scalars: Any, numbers: Any, at: Any, leaving: Any) -> Any:
-            return *update(kept, moved, grads, scalars, numbers, at), jax.device_put(leaving, out)
-
-        return jax.jit(
-            run,
-            donate_argnums=(0, 1),
-            out_shardings=(*meshes.named(mesh, specs), out),
-            compiler_options=meshes.compiler_options(mesh),
-        )
-
-    def _update(
-        self, kept: list[Any], moved: list[Any], grads: list[Any], scalars: Any, numbers: jax.Array, at: jax.Array
-    ) -> tuple[list[Any], list[Any]]:
-        lists: list[list[Any]] = [[], [], [], []]
-        parts = []
-        for r, row in enumerate(self.rows):
-            here = list(at[r])
-            pieces = [host.piece(x, here, row.grid) for x in kept[r]]
-            p, mu, nu = jax.tree.unflatten(row.stored, row.merge(pieces, moved[r]))
-            for column, x in zip(lists, (p, host.piece(grads[r], here, row.grid), mu, nu), strict=True):
-                column.append(x)
-            sizes = np.array(host.piece_shape(row.shape, row.grid), np.int32)
-            starts = at[r, : sizes.size] * sizes if math.prod(row.grid) > 1 else None
-            parts.append(Part(numbers[r], row.shape, row.spec, starts))
-        decay = [row.decay for row in self.rows]
-        new = shards.run(self.rule, self.plan, lists, scalars, decay, implementation=self.implementation, parts=parts)
-        new_kept, new_moved = [], []
-        for r, (row, *leaves) in enumerate(zip(self.rows, *new, strict=True)):
-            stay, move = row.split(jax.tree.leaves(leaves))
-            new_kept.append([host.with_piece(x, y, list(at[r]), row.grid) for x, y in zip(kept[r], stay, strict=True)])
-            new_moved.append(move)
-        return new_kept, new_moved
 
 
 class Streamed:
@@ -137,7 +39,7 @@ class Streamed:
         self.tx, self.plan = tx, tx.plan
         self._rests: list[Rest] = jax.tree.leaves(tx.rests)
         self._treedef: Any = jax.tree.structure(tx.rests)
-        self._programs: dict[Any, _Program] = {}
+        self._programs: dict[Any, Program] = {}
         self._work: Work | None = None
         self.specs = (self.plan.treedef.flatten_up_to(self.plan.update_specs), PartitionSpec())
 
@@ -158,7 +60,7 @@ class Streamed:
             next(some) if rest.param is None else Absent(len(params) + j, rest.shape, rest.dtype)
             for j, rest in enumerate(self._rests)
         ]
-        self._work = work = prepare_link(
+        work = prepare_link(
             self.tx.inner,
             meshes.constrain(grads, plan.update_specs),
             self._treedef.unflatten(state),
@@ -166,6 +68,7 @@ class Streamed:
             plan=plan,
             **options,
         )
+        self._work = dataclasses.replace(work, grads=(), scalars=None, rest=None)  # those are the trace's
         return list(work.grads), (work.scalars, work.rest)
 
     def walk(self, opt_state: PyTree, params: PyTree, *, consume: bool) -> Walk:
@@ -195,11 +98,11 @@ class Streamed:
         return self._rests[number - len(self.plan.leaves)]
 
     @functools.cached_property
-    def buckets(self) -> list[_Bucket]:
+    def buckets(self) -> list[Bucket]:
         """All buckets, in the order of the walk; what does not move comes first, at once."""
         assert self._work is not None and self.plan.offload is not None
         still, large = [], []
-        packed: list[list[_Piece]] = []
+        packed: list[list[Piece]] = []
         room = 0
         for i in range(len(self.plan.leaves)):
             pieces, size = self._pieces(self._work, i)
@@ -213,16 +116,16 @@ class Streamed:
                     room = self.plan.offload.filled_bytes
                 packed[-1] += pieces
                 room -= size
-        return [_Bucket(pieces, self.plan) for pieces in [*([still] if still else []), *packed, *large]]
+        return [Bucket(pieces, self.plan) for pieces in [*([still] if still else []), *packed, *large]]
 
-    def program(self, work: Work, b: int) -> _Program:
+    def program(self, work: Work, b: int) -> Program:
         """Of the b-th bucket."""
         assert work.rule is not None
         leaving = self.buckets[b - 1].moved_specs if b else ()
         key = (work.rule, work.implementation, self.buckets[b].rows, leaving)
-        return self._programs.setdefault(key, _Program(self.plan, *key))
+        return self._programs.setdefault(key, Program(self.plan, *key))
 
-    def _pieces(self, work: Work, i: int) -> tuple[list[_Piece], int]:
+    def _pieces(self, work: Work, i: int) -> tuple[list[Piece], int]:
         """The pieces of a leaf, and the bytes that move for all of them."""
         leaf, spec = self.plan.leaves[i], self.plan.treedef.flatten_up_to(self.plan.update_specs)[i]
         slots, stored = jax.tree.flatten((work.params[i], work.mu[i], work.nu[i]))
@@ -232,56 +135,8 @@ class Streamed:
         held = [rest for rest in rests if rest is not None and rest.on_host]
         grid = max((rest.grid for rest in held), key=math.prod, default=(1,) * len(leaf.shape))
         specs = tuple(spec if rest is None else rest.spec for rest in rests)
-        row = _Row(leaf.shape, grid, spec, work.decay[i], stored, moved, specs)
-        return [_Piece(i, row, arrays, at) for at in host.places(grid)], sum(rest.size for rest in held)
-
-
-class _Piece(NamedTuple):
-    """A leaf, or a piece of one: its number, what programs know of it, its arrays' numbers, its place in its grid."""
-
-    leaf: int
-    row: _Row
-    arrays: tuple[int, ...]
-    at: tuple[int, ...]
-
-    @property
-    def staying(self) -> list[int]:
-        """Numbers of the arrays that stay on the device."""
-        return self.row.split(self.arrays)[0]
-
-    @property
-    def moving(self) -> list[tuple[int, int]]:
-        """Numbers of the arrays that move, and of their pieces."""
-        index = int(np.ravel_multi_index(self.at, self.row.grid)) if self.at else 0
-        return [(n, index) for n in self.row.split(self.arrays)[1]]
-
-
-class _Bucket:
-    """Pieces that move together.
-
-    Attributes:
-      rows: What programs know of them.
-      leaves: Numbers of their leaves.
-      staying: Numbers of the arrays that stay on the device, a piece a list.
-      moving: Numbers of the arrays that move, and of their pieces, likewise.
-      numbers: int32[pieces], `leaves` on the device.
-      at: int32[pieces, dims], places in grids.
-      moved_specs: Specs of what moves.
-      shardings: Of what moves, on the device.
-    """
-
-    def __init__(self, pieces: Sequence[_Piece], plan: Plan) -> None:
-        self.rows = tuple(piece.row for piece in pieces)
-        self.leaves = [piece.leaf for piece in pieces]
-        self.staying = [piece.staying for piece in pieces]
-        self.moving = [piece.moving for piece in pieces]
-        self.moved_specs = tuple(spec for row in self.rows for spec in row.split(row.specs)[1])
-        self.shardings = [NamedSharding(plan.mesh, spec) for spec in self.moved_specs]
-        dims = max(len(piece.at) for piece in pieces)
-        at = np.array([[*piece.at, *[0] * (dims - len(piece.at))] for piece in pieces], np.int32)
-        leaves = np.array(self.leaves, np.int32)
-        everywhere = NamedSharding(plan.mesh, PartitionSpec())
-        self.numbers, self.at = jax.device_put((leaves, at.reshape(len(leaves), dims)), everywhere)
+        row = Row(leaf.shape, grid, spec, work.decay[i], stored, moved, specs)
+        return [Piece(i, row, arrays, at) for at in host.places(grid)], sum(rest.size for rest in held)
 
 
 class Walk:
@@ -300,11 +155,13 @@ class Walk:
         work, plan = self._streamed.work(begun), self._plan
         specs = meshes.named(plan.mesh, plan.update_specs)
         working = jax.device_put(self._params, specs)
-        if not self._consume:
-            working = jax.tree.map(lambda x, s: jax.jit(jnp.copy, out_shardings=s)(x), working, specs)
-        else:
-            jax.tree.map(_free_unless_shared, self._params, working)
         self._arrays[: len(plan.leaves)] = jax.tree.leaves(working)
+        if self._consume:
+            jax.tree.map(_free_unless_shared, self._params, working)
+        else:  # programs update in place what stays on the device
+            for n in {n for bucket in self._streamed.buckets for numbers in bucket.staying for n in numbers}:
+                x = self._arrays[n]
+                self._arrays[n] = jax.jit(jnp.copy, out_shardings=x.sharding)(x)
         self._run(work)
         new = [[jax.tree.map(self._at_rest, x) for x in column] for column in (work.params, work.mu, work.nu)]
         params, opt_state = work.finish(work.rest, new)
@@ -351,7 +208,7 @@ class Walk:
             return self._arrays[slot.number]
         return parts[0] if len(parts) == 1 else Pieces(tuple(parts), self._streamed.rest(slot.number).grid)
 
-    def _bring(self, bucket: _Bucket) -> list[jax.Array]:
+    def _bring(self, bucket: Bucket) -> list[jax.Array]:
         """A bucket's pieces, on their way to the device."""
         part = lambda x, k: x.parts[k] if isinstance(x, Pieces) else x
         pieces = [part(self._arrays[n], k) for row in bucket.moving for n, k in row]
@@ -361,12 +218,12 @@ class Walk:
             self._read[id(bucket)] = pieces
         return jax.device_put(pieces, bucket.shardings)
 
-    def _free(self, bucket: _Bucket) -> None:
+    def _free(self, bucket: Bucket) -> None:
         """Frees a bucket's old pieces, which have been read: earlier, the device's next program would wait for that."""
         for x in self._read.pop(id(bucket), []):
             x.delete()
 
-    def _keep(self, bucket: _Bucket, pieces: list[jax.Array]) -> None:
+    def _keep(self, bucket: Bucket, pieces: list[jax.Array]) -> None:
         """Takes a bucket's new pieces, back on the host."""
         for (n, _), x in zip((place for row in bucket.moving for place in row), pieces, strict=True):
             self._new.setdefault(n, []).append(x)
@@ -384,55 +241,7 @@ def _free_unless_shared(old: jax.Array, new: jax.Array) -> None:
         old.delete()
 
 
-def offload_states(state: Any, plan: Plan) -> Any:
-    """A `TrainState` with all its arrays in host memory, so that the device is free between phases of training.
-
-    The arrays that came are freed. `reload_states` brings them back bit for bit.
-
-    Args:
-      state: A `TrainState`.
-      plan: The plan that it was made with.
-
-    Example:
-      >>> import optax, zerojax
-      >>> mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-      >>> plan = zerojax.make_plan({"w": jnp.ones(4)}, mesh, stage=1)
-      >>> state = zerojax.create_train_state({"w": jnp.ones(4)}, optax.sgd(0.1), plan)
-      >>> away = offload_states(state, plan)
-      >>> away.params["w"].sharding.memory_kind
-      'pinned_host'
-      >>> reload_states(away, plan).params["w"].sharding.memory_kind
-      'device'
-    """
-    plan.check(state.params)
-    return jax.tree.map(lambda x: _put(x, x.sharding.with_memory_kind(host.HOST)), state)
-
-
-def reload_states(state: Any, plan: Plan) -> Any:
-    """A `TrainState` back from `offload_states`, where the plan wants it."""
-    plan.check(state.params)
-    arrays: list[Any] = jax.tree.leaves(state.opt_state, is_leaf=host.is_pieces)
-    treedef: Any = jax.tree.structure(state.opt_state, is_leaf=host.is_pieces)
-    shapes = treedef.unflatten(jax.ShapeDtypeStruct(host.whole_shape(x), jax.tree.leaves(x)[0].dtype) for x in arrays)
-    rests = jax.tree.leaves(plan.rests_of(shapes, None))
-    opt_state = treedef.unflatten(
-        x if rest.on_host else _put(x, x.sharding.with_memory_kind(host.DEVICE))
-        for x, rest in zip(arrays, rests, strict=True)
-    )
-    device = jax.tree.map(lambda x: _put(x, x.sharding.with_memory_kind(host.DEVICE)), state._replace(opt_state=None))
-    return device._replace(opt_state=opt_state)
-
-
-def _put(x: jax.Array, sharding: Any) -> jax.Array:
-    """An array in another memory; the one that came is freed."""
-    new = jax.device_put(x, sharding)
-    if new is not x:
-        new.block_until_ready()
-        x.delete()
-    return new
-
-
-@functools.lru_cache(maxsize=16)
+@once
 def streamed(tx: ZeroTransformation) -> Streamed | None:
     """The streamed step of a transformation, or None where there is nothing to stream.
 
@@ -440,7 +249,7 @@ def streamed(tx: ZeroTransformation) -> Streamed | None:
     """
     if not any(rest.on_host for rest in jax.tree.leaves(tx.rests)):
         return None
-    why = "its optimizer is none of zerojax's"
+    why = "it is none of zerojax's optimizers, or wrapped in what hides one, optax.chain for instance"
     if tx.unit is not None:
         new = Streamed(tx)
         small = [jax.ShapeDtypeStruct(rest.shape, rest.dtype) for rest in new._rests if rest.param is None]
@@ -452,7 +261,8 @@ def streamed(tx: ZeroTransformation) -> Streamed | None:
             why = f"a link before its optimizer wants params, or keeps arrays like theirs ({type(e).__name__}: {e})"
     warnings.warn(
         f"the optimizer's state in host memory is moved to the device as a whole at each step, not in buckets: {why}. "
-        "zerojax.fused_adam, fused_adamw and fused_lamb, behind links that scale all gradients, are streamed.",
-        stacklevel=3,
+        "Streamed are zerojax.fused_adam, fused_adamw and fused_lamb, in zerojax.chain behind links that scale all "
+        "gradients.",
+        stacklevel=4,
     )
     return None

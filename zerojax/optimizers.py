@@ -332,8 +332,8 @@ def _decayed(mask: Any, params: PyTree, count: int) -> list[bool]:
     """For each leaf whether it decays."""
     if mask is None or isinstance(mask, bool):
         return [mask is None or mask] * count
-    if (full := whole(params)) is None:  # of params that are elsewhere a mask sees the shapes
-        zeros = lambda x: jnp.zeros(formats.shape_of(x), jnp.float32)
+    if (full := whole(params)) is None:  # of params that are elsewhere a mask sees shapes and dtypes
+        zeros = lambda x: jnp.zeros(formats.shape_of(x), jnp.float32 if formats.is_stored(x) else x.dtype)
         full = jax.tree.map(zeros, params, is_leaf=formats.is_stored)
     tree = mask(full) if callable(mask) else mask
     decay = jax.tree.leaves(jax.tree.map(lambda flag, part: jax.tree.map(lambda _: flag, part), tree, full))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,12 +18,13 @@ import optax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from pallas_kernels import formats
-from zerojax import host, layout, meshes, report
+from zerojax import host, layout, meshes, report, selection
 from zerojax.host import Offload, Rest
 from zerojax.meshes import AnyMesh
 
 PyTree = Any
 STAGES = (0, 1, 2, 3)
+_CODES = jax.tree_util.GetAttrKey("codes")  # of `formats.Blocks`
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -182,7 +182,8 @@ class Plan:
                 if (number := numbers.get(path[start:end])) is not None:
                     leaf = self.leaves[number]
                     like = leaf.sharded if self.stage >= 1 else leaf.whole
-                    if leaf.shape == shape:
+                    # A number in a chain's first link, its count, stands where a list's first param would.
+                    if leaf.shape == shape and (shape or end == len(path) or path[-1] == _CODES):
                         return number, like
                     if end < len(path) and _is_grouped(leaf.shape, shape):
                         return number, layout.grouped_spec(self.mesh, leaf.shape, like, formats.GROUP)
@@ -193,53 +194,15 @@ class Plan:
     def _offloaded(self, rests: PyTree, unit: str | None) -> PyTree:
         """`rests` with what `offload` sends to the host; in pieces, if `unit` says that the update may take such."""
         assert self.offload is not None
-        leaves: list[Rest] = jax.tree.leaves(rests)
         treedef: Any = jax.tree.structure(rests)
-        on_host = self._moved(leaves)
-        held = [0] * len(self.leaves)  # bytes on the host of each param's state
-        for rest, is_moved in zip(leaves, on_host, strict=True):
-            if is_moved and rest.param is not None:
-                held[rest.param] += rest.size
-        limit = max(self.offload.filled_bytes, host.LEAST_BYTES)
-        grids = [self._grid(leaf, math.ceil(size / limit)) for leaf, size in zip(self.leaves, held, strict=True)]
-        for i, rest in enumerate(leaves):
-            in_pieces = on_host[i] and unit == "element"
-            grid = grids[rest.param] if in_pieces and rest.param is not None else rest.grid
-            leaves[i] = dataclasses.replace(rest, on_host=on_host[i], grid=grid)
-        return treedef.unflatten(leaves)
-
-    def _moved(self, leaves: list[Rest]) -> list[bool]:
-        """Which leaves of the state `offload` sends to the host."""
-        offload = self.offload
-        assert offload is not None
-        named = lambda rest: offload.pattern is None or re.search(offload.pattern, rest.name) is not None
-        candidates = [math.prod(rest.shape) > 0 and len(rest.shape) > 0 and named(rest) for rest in leaves]
-        if offload.pattern is not None and not any(candidates):
-            raise ValueError(
-                f"Offload: pattern={offload.pattern!r} names no array of the optimizer's state; it has "
-                f"{', '.join(rest.name for rest in leaves[:8])}{', ...' if len(leaves) > 8 else ''}."
-            )
-        sizes = [rest.size for rest in leaves]
-        total = sum(size for size, able in zip(sizes, candidates, strict=True) if able)
-        if offload.hbm_budget_bytes is None:
-            share = int(offload.fraction * total)
-            return host.moved(sizes, candidates, least=share, most=share)
-        at_rest = layout.total_bytes(self.mesh, self.shapes, self.param_specs)
-        at_rest += layout.total_bytes(self.mesh, self.shapes, self.grad_specs) + sum(sizes)
-        least = at_rest - offload.hbm_budget_bytes
-        if least > total:
-            raise ValueError(
-                f"Offload: params, gradients and state take {report.format_bytes(at_rest)} on each device, of which "
-                f"{report.format_bytes(total)} could go to the host: more than hbm_budget_bytes="
-                f"{report.format_bytes(offload.hbm_budget_bytes)}. Take more devices, a higher stage or narrower "
-                "moments."
-            )
-        return host.moved(sizes, candidates, least=max(least, 0), most=total)
-
-    def _grid(self, leaf: Leaf, count: int) -> tuple[int, ...]:
-        spec = leaf.sharded if self.stage >= 1 else leaf.whole
-        entries = [*spec, *[None] * (len(leaf.shape) - len(spec))]
-        return host.grid_of(leaf.shape, [meshes.shards(self.mesh, entry) for entry in entries], count)
+        sizes = [layout.total_bytes(self.mesh, self.shapes, specs) for specs in (self.param_specs, self.grad_specs)]
+        specs = [leaf.sharded if self.stage >= 1 else leaf.whole for leaf in self.leaves]
+        cuts = [layout.cuts(self.mesh, leaf.shape, spec) for leaf, spec in zip(self.leaves, specs, strict=True)]
+        params = [(leaf.shape, cut) for leaf, cut in zip(self.leaves, cuts, strict=True)]
+        chosen = selection.select(
+            jax.tree.leaves(rests), self.offload, params, beside=sum(sizes), in_pieces=unit == "element"
+        )
+        return treedef.unflatten(chosen)
 
     def _state_shapes(self, tx: optax.GradientTransformation) -> PyTree:
         # `zero` of a transformation keeps what the transformation does, but in the layout that is asked for here.

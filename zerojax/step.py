@@ -43,7 +43,9 @@ class TrainState(NamedTuple):
 def check_alive(state: TrainState) -> None:
     """Raises `ValueError` where a state's arrays are no more."""
     if isinstance(state.step, jax.Array) and not isinstance(state.step, jax.core.Tracer) and state.step.is_deleted():
-        raise ValueError("this state went into an earlier step, which took its arrays over; use the one it returned.")
+        raise ValueError(
+            "this state went into an earlier step, or was offloaded, which took its arrays over; use the one returned."
+        )
 
 
 def create_train_state(
@@ -134,7 +136,7 @@ class TrainStep:
         try:
             return self._run(state, batch)
         except ValueError as e:
-            if "shard" in str(e).lower():
+            if "shard" in str(e).lower() or "memory" in str(e).lower():
                 self._explain_placement(state, e)
             raise
 
@@ -150,21 +152,28 @@ class TrainStep:
         self._objective.plan.check(state.params)
         if jax.tree.structure(state) != self._treedef:
             raise ValueError(
-                "the state was created with another tx or loss_scale than the step: its opt_state and loss_scale are "
-                f"{jax.tree.structure(state[2:4])}. Pass the same tx, plan and loss_scale to create_train_state and "
-                "make_train_step."
+                "the state was created with another tx, plan or loss_scale than the step: its opt_state and "
+                f"loss_scale are {jax.tree.structure(state[2:4])}. Pass the same tx, plan and loss_scale to "
+                "create_train_state and make_train_step."
             )
 
     def _explain_placement(self, state: TrainState, cause: ValueError) -> None:
         """Raises an error that names the first leaf of `state` that is not where the plan wants it, if there is one."""
         expected = jax.tree.leaves(self._shardings)
         for (path, x), sharding in zip(jax.tree_util.tree_leaves_with_path(state), expected, strict=True):
-            if isinstance(x, jax.Array) and not x.sharding.is_equivalent_to(sharding, x.ndim):
+            if not isinstance(x, jax.Array) or x.sharding.is_equivalent_to(sharding, x.ndim):
+                continue
+            if x.sharding.memory_kind != sharding.memory_kind:
                 raise ValueError(
-                    f"the state's leaf {meshes.path_name(path)!r} {list(x.shape)} is laid out as {x.sharding}, the "
-                    f"step's plan wants {sharding}: it was made with another plan. Pass both the same plan, or place "
-                    "the state anew: create_train_state(state.params, tx, plan)."
+                    f"the state's leaf {meshes.path_name(path)!r} {list(x.shape)} is in {x.sharding.memory_kind} "
+                    f"memory, the step's plan wants it in {sharding.memory_kind} memory: a state of offload_states "
+                    "comes back by zerojax.reload_states(state, plan), with the step's plan."
                 ) from cause
+            raise ValueError(
+                f"the state's leaf {meshes.path_name(path)!r} {list(x.shape)} is laid out as {x.sharding}, the "
+                f"step's plan wants {sharding}: it was made with another plan. Pass both the same plan, or place "
+                "the state anew: create_train_state(state.params, tx, plan)."
+            ) from cause
 
 
 class StreamedTrainStep(TrainStep):

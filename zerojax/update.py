@@ -12,7 +12,7 @@ import optax
 from zerojax import meshes
 from zerojax.fused import apply_link, apply_sharded
 from zerojax.offload import streamed
-from zerojax.zero import ZeroTransformation
+from zerojax.zero import ZeroTransformation, once
 
 PyTree = Any
 
@@ -23,8 +23,8 @@ def apply(
     """One optimizer step: `tx.update` and `optax.apply_updates`, in one pass where `tx` allows.
 
     A fused optimizer is seen through `chain` and `zero`; any other transformation takes the two passes. State that the
-    plan keeps in host memory is streamed through the device, unless the call is inside a jit: there it is moved as a
-    whole, which is slower and needs room for all of it.
+    plan keeps in host memory is streamed through the device, unless the call is inside a jit, or one of `extra_args` is
+    a function: then it is moved as a whole, which is slower and needs room for all of it.
 
     Args:
       tx: Any Optax transformation.
@@ -54,21 +54,21 @@ def apply(
     plan.check(grads, "grads")
     plan.check(params)
     functions = {k: extra_args.pop(k) for k in list(extra_args) if callable(extra_args[k])}  # no arguments of a jit
-    if meshes.tracing((grads, state, params)):
-        return _at_once(tx, grads, state, params, extra_args, functions)
-    if not functions and (stream := streamed(tx)):
+    if functions:
+        return jax.jit(functools.partial(_at_once, tx, functions))(grads, state, params, extra_args)
+    if not meshes.tracing((grads, state, params, extra_args)) and (stream := streamed(tx)):
         walk = stream.walk(state, params, consume=False)
         return walk.finish(_begin(tx)(grads, stream.small(state), extra_args))
-    return jax.jit(functools.partial(_at_once, tx, functions=functions))(grads, state, params, extra_args)
+    return _jitted(tx)(grads, state, params, extra_args)
 
 
 def _at_once(
     tx: ZeroTransformation,
+    functions: dict[str, Any],
     grads: PyTree,
     state: PyTree,
     params: PyTree,
     extra_args: dict[str, Any],
-    functions: dict[str, Any],
 ) -> tuple[PyTree, PyTree]:
     def on_shards(grads: PyTree, state: PyTree, params: PyTree, extra_args: dict[str, Any]) -> tuple[PyTree, PyTree]:
         return apply_sharded(tx, grads, state, params, **extra_args, **functions)
@@ -78,7 +78,13 @@ def _at_once(
     return params, tx.at_rest(state)
 
 
-@functools.lru_cache(maxsize=16)
+@once
+def _jitted(tx: ZeroTransformation) -> Callable[..., Any]:
+    """All of the step as one program; inside a transformation, too, where `on_mesh` wants to be in a jit."""
+    return jax.jit(functools.partial(_at_once, tx, {}))
+
+
+@once
 def _begin(tx: ZeroTransformation) -> Callable[..., Any]:
     """The program before the first bucket."""
     stream = streamed(tx)

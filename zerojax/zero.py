@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -13,20 +14,26 @@ from zerojax import host, meshes
 from zerojax.plan import Plan
 
 PyTree = Any
+T = TypeVar("T")
 _INIT_BYTES = 2**30
 
 
 class ZeroTransformation(optax.GradientTransformationExtraArgs):
-    """What `zero` returns: an Optax transformation that knows its `inner` one and its `plan`."""
+    """What `zero` returns: an Optax transformation that knows its `inner` one and its `plan`.
+
+    Attributes:
+      made: What `once` keeps of it.
+    """
 
     inner: optax.GradientTransformationExtraArgs
     plan: Plan
+    made: dict[Any, Any]
 
     def __new__(
         cls, init: Any, update: Any, inner: optax.GradientTransformationExtraArgs, plan: Plan
     ) -> ZeroTransformation:
         self = super().__new__(cls, init, update)
-        self.inner, self.plan = inner, plan
+        self.inner, self.plan, self.made = inner, plan, {}
         return self
 
     @functools.cached_property
@@ -46,6 +53,19 @@ class ZeroTransformation(optax.GradientTransformationExtraArgs):
     def unit(self) -> str | None:
         """As of a `FusedTransformation`, where `inner` is one."""
         return getattr(self.inner, "unit", None)
+
+
+def once(make: Callable[[ZeroTransformation], T]) -> Callable[[ZeroTransformation], T]:
+    """`make` of a transformation, which keeps the result: programs live as long as what they are of."""
+
+    @functools.wraps(make)
+    def kept(tx: ZeroTransformation) -> T:
+        if make not in tx.made:
+            tx.made[make] = make(tx)
+        result: T = tx.made[make]
+        return result
+
+    return kept
 
 
 def zero(inner: optax.GradientTransformation, plan: Plan) -> ZeroTransformation:
@@ -155,8 +175,7 @@ def zero(inner: optax.GradientTransformation, plan: Plan) -> ZeroTransformation:
         updates, state = run(updates, tx.in_use(state), params, arrays)
         return updates, tx.at_rest(state)
 
-    plain_update = functools.partial(sharded_update, {})
-    jitted_update = jax.jit(plain_update)
+    jitted_update = jax.jit(functools.partial(sharded_update, {}))
 
     def update(
         updates: PyTree, state: PyTree, params: PyTree | None = None, **extra_args: Any
@@ -167,11 +186,8 @@ def zero(inner: optax.GradientTransformation, plan: Plan) -> ZeroTransformation:
         # On an Explicit mesh arrays have to enter as arguments; functions (L-BFGS's value_fn) cannot.
         arrays = {k: v for k, v in extra_args.items() if all(map(_is_array, jax.tree.leaves(v)))}
         functions = {k: v for k, v in extra_args.items() if k not in arrays}
-        tracing = meshes.tracing((updates, state, params))
-        if functions:
-            run: Any = functools.partial(sharded_update, functions)
-            return (run if tracing else jax.jit(run))(updates, state, params, arrays)
-        return (plain_update if tracing else jitted_update)(updates, state, params, arrays)
+        run: Any = jax.jit(functools.partial(sharded_update, functions)) if functions else jitted_update
+        return run(updates, state, params, arrays)
 
     tx = ZeroTransformation(init, update, inner, plan)
     return tx
