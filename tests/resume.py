@@ -62,7 +62,7 @@ def go_on(step, state, loader):
         state, metrics = step(state, loader.next_batch())
         losses.append(np.asarray(metrics["loss"]).tobytes().hex())
     digests = [hashlib.sha256(np.asarray(x).tobytes()).hexdigest() for x in jax.tree.leaves(state)]
-    return state, {"losses": losses, "state": digests, "step": int(state.step)}
+    return state, {"losses": losses, "state": digests, "step": int(state.step), "skipped": int(state.skipped)}
 
 
 def first_half(name, folder):

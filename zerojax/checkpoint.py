@@ -12,6 +12,7 @@ import importlib
 import importlib.metadata
 import json
 import math
+import operator
 import os
 import pathlib
 import shutil
@@ -67,8 +68,8 @@ def save_checkpoint(
     Raises:
       FileExistsError: `directory/STEP` is there.
       OSError: it could not be written, or with `wait=False` the one before; earlier checkpoints are as they were.
-      TypeError: `state` is no `TrainState`, or `extra` holds what JSON does not.
-      ValueError: the state's arrays are deleted; `max_to_keep` is below 1.
+      TypeError: `state` is no `TrainState`, `step` no integer, or `extra` holds what JSON does not.
+      ValueError: the state's arrays are deleted, or two have one name; `max_to_keep` is below 1, `step` below 0.
 
     Memory:
       In host memory, of each process what its devices hold of the state, each shard once, until it is written.
@@ -95,7 +96,7 @@ def save_checkpoint(
     leaves = logical.named(state)
     if gone := [name for name, x in leaves.items() if any(part.is_deleted() for part in jax.tree.leaves(x))]:
         raise ValueError(f"{gone[0]} of this state is deleted: a step took it over, and returned the state to save.")
-    step = int(state.step) if step is None else step
+    step = int(state.step) if step is None else _number(step)
     folder = _local(directory) / str(step)
     if folder.exists():
         raise FileExistsError(f"{folder} is there: pass another step=, or delete it first; nothing was overwritten.")
@@ -285,6 +286,17 @@ def _local(directory: Directory) -> pathlib.Path:
     return pathlib.Path(name).absolute()
 
 
+def _number(step: Any) -> int:
+    """A step, of whatever type of integers."""
+    try:
+        number = operator.index(step)
+    except TypeError:
+        raise TypeError(f"step must be an integer, got {step!r} of type {type(step).__name__}.") from None
+    if number < 0:
+        raise ValueError(f"step must be at least 0, got {number}.")
+    return number
+
+
 def _check_room(folder: pathlib.Path, wanted: int) -> None:
     free = shutil.disk_usage(folder.parent).free
     if free < wanted:
@@ -302,7 +314,7 @@ def _delete(*folders: pathlib.Path) -> None:
 
 
 def _find(directory: pathlib.Path, step: int | None) -> pathlib.Path:
-    steps = manifest.steps_in(directory)
+    steps, step = manifest.steps_in(directory), None if step is None else _number(step)
     if step is None and steps:
         return directory / str(steps[-1])
     if step is not None and (directory / str(step)).is_dir():

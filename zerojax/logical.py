@@ -22,9 +22,27 @@ PyTree = Any
 
 
 def named(state: TrainState) -> dict[str, Any]:
-    """The arrays of a state by name, some in `host.Pieces`."""
-    leaves = jax.tree_util.tree_leaves_with_path(state, is_leaf=host.is_pieces)
-    return {meshes.path_name(path): x for path, x in leaves}
+    """The arrays of a state by name, some in `host.Pieces`.
+
+    Raises:
+      ValueError: two have one name.
+    """
+    leaves: dict[str, Any] = {}
+    for path, x in jax.tree_util.tree_leaves_with_path(state, is_leaf=host.is_pieces):
+        name = _name(path)
+        if name in leaves:
+            raise ValueError(
+                f"two leaves of this state are named {name!r}: a checkpoint keeps leaves by name; rename the key that "
+                "holds a '/'."
+            )
+        leaves[name] = x
+    return leaves
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    """Params and the optimizer's leaves are named as plans name them: params that are one array are `params/(root)`."""
+    part = meshes.path_name(path[:1])
+    return f"{part}/{meshes.path_name(path[1:])}" if part in ("params", "opt_state") else meshes.path_name(path)
 
 
 def describe(x: Any) -> dict[str, Any]:

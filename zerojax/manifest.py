@@ -93,7 +93,7 @@ def steps_in(directory: pathlib.Path) -> list[int]:
     """Steps of the checkpoints in a directory, rising; none where there is no directory."""
     if not directory.is_dir():
         return []
-    return sorted(int(p.name) for p in directory.iterdir() if p.name.isdecimal() and p.is_dir())
+    return sorted(int(p.name) for p in directory.iterdir() if re.fullmatch("0|[1-9][0-9]*", p.name) and p.is_dir())
 
 
 def leftovers(directory: pathlib.Path) -> Iterator[pathlib.Path]:
@@ -196,12 +196,21 @@ def encode(x: PyTree, path: str = "extra") -> Any:
         return [encode(value, f"{path}[{i}]") for i, value in enumerate(x)]
     if isinstance(x, jax.Array) and jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key):
         return {_MARK: "key", "impl": str(jax.random.key_impl(x)), "data": encode(jax.random.key_data(x), path)}
-    if isinstance(x, np.ndarray | np.generic | jax.Array) and x.dtype != object:
-        x = np.asarray(x)
+    if isinstance(x, np.ndarray | np.generic | jax.Array) and _is_plain(x.dtype):
+        x = np.asarray(x, x.dtype.newbyteorder("="))
         return {_MARK: "array", "dtype": x.dtype.name, "shape": x.shape, "data": base64.b64encode(x.tobytes()).decode()}
     raise TypeError(
-        f"{path} is {x!r} of type {type(x).__name__}: a checkpoint keeps what JSON holds, and arrays; make it of those."
+        f"{path} is {x!r} of type {type(x).__name__}: a checkpoint keeps what JSON holds, and arrays of numbers; make "
+        "it of those."
     )
+
+
+def _is_plain(dtype: np.dtype[Any]) -> bool:
+    """Whether `decode` finds a dtype by its name: not of objects, strings and records."""
+    try:
+        return not dtype.hasobject and jax.numpy.dtype(dtype.name) == dtype.newbyteorder("=")
+    except TypeError:
+        return False
 
 
 def decode(x: Any) -> PyTree:
