@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 import zerojax
 from zerojax import __main__ as commands
-from zerojax import checkpoint, host, manifest
+from zerojax import checkpoint, host, logical, manifest
 
 BUCKETS = zerojax.Offload(bucket_bytes=2**12)
 
@@ -415,6 +415,31 @@ HARMS = {
     "cut": lambda path: path.write_bytes(path.read_bytes()[:-1]),
     "deleted": pathlib.Path.unlink,
 }
+
+
+@pytest.mark.parametrize("offload", [None, "pinned_host"])
+def test_a_state_may_be_deleted_while_it_is_saved(tmp_path, offload):
+    params = {"w": np.arange(2**20, dtype=np.float32).reshape(1024, 1024)}
+    plan, tx = small_plan(params, offload=offload), zerojax.fused_adam(1e-3)
+    state = zerojax.create_train_state(params, tx, plan)
+    state = jax.tree.map(lambda x: jax.device_put(np.asarray(x) + 1, x.sharding), state)
+    want = whole(tx, plan, state)
+    zerojax.save_checkpoint(tmp_path, state, wait=False)
+    for x in jax.tree.leaves(state):  # as a step does that takes them over
+        x.delete()
+    zerojax.wait_until_finished()
+    restored, _ = zerojax.restore_checkpoint(tmp_path, tx, plan)
+    assert_same(whole(tx, plan, restored), want)
+
+
+def test_state_in_host_memory_is_copied_before_it_is_saved():
+    # Orbax writes host memory from where it is, and the next step works there.
+    state = zerojax.create_train_state(PARAMS, zerojax.fused_adam(1e-3), small_plan(offload="pinned_host"))
+    on_host = [x for x in logical.named(state).values() if x.sharding.memory_kind == host.HOST]
+    where = lambda x: {shard.data.unsafe_buffer_pointer() for shard in x.addressable_shards}
+    assert len(on_host) == 4
+    for x in on_host:
+        assert not where(x) & where(logical.snapshot(x))
 
 
 UNSEALED = {"_CHECKPOINT_METADATA", "commit_success.txt"}
