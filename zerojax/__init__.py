@@ -20,6 +20,7 @@ from zerojax.plan import make_plan as make_plan
 from zerojax.precision import LossScale as LossScale
 from zerojax.precision import dynamic_loss_scale as dynamic_loss_scale
 from zerojax.precision import static_loss_scale as static_loss_scale
+from zerojax.processes import distributed as distributed
 from zerojax.states import offload_states as offload_states
 from zerojax.states import reload_states as reload_states
 from zerojax.step import TrainState as TrainState
