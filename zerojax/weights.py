@@ -7,27 +7,25 @@ what is where. Names are paths, with dots: `blocks.attention.kernel`.
 from __future__ import annotations
 
 import functools
-import json
 import math
 import os
 import pathlib
-import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
+import optax
 from jax.experimental import multihost_utils
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors import SafetensorError
 
-from zerojax import host, logical, manifest, meshes
+from zerojax import host, layout, logical, meshes, tensor_files
 from zerojax.masters import MasterWeightsState
-from zerojax.plan import Plan
+from zerojax.plan import Leaf, Plan
 from zerojax.step import TrainState
+from zerojax.tensor_files import CODES, FLOATS, some
 
 PyTree = Any
-_INDEX = "model.safetensors.index.json"
 
 
 def export_params(
@@ -43,17 +41,21 @@ def export_params(
 
     Args:
       directory: A new folder.
-      params: A `TrainState`, whose weights are float32 where it has `master_weights`; or a tree of arrays. In any
-        layout.
-      dtype: What floating weights are rounded to, "bfloat16" for instance; their own dtype by default.
-      max_shard_bytes: Weights of more than this many bytes go to several files.
+      params: A `TrainState`, whose weights are float32 where it has `master_weights`; or a tree of arrays, which is
+        written as it is: 16-bit params without the masters behind them. In any layout.
+      dtype: What floating weights are rounded to: "float32", "bfloat16", "float16" or "float64"; their own dtype by
+        default. Integers and bools stay as they are.
+      max_shard_bytes: Weights of more than this many bytes go to several files; one array is never parted.
 
     Raises:
       FileExistsError: the folder is there.
       OSError: it could not be written; nothing is left of it.
+      TypeError: a leaf is no array, or of a dtype that safetensors lacks.
+      ValueError: two leaves have one name; a number is too large for `dtype`; an unknown `dtype`.
 
     Memory:
-      In host memory the arrays of one file; on devices, of several processes, one array.
+      In host memory the arrays of one file, and one more while it is rounded; on devices, of several processes, one
+      array.
 
     Example:
       >>> import tempfile, jax.numpy as jnp, zerojax
@@ -65,42 +67,32 @@ def export_params(
       ...     sorted(import_params(folder + "/weights", plan))
       ['b', 'w']
     """
+    if max_shard_bytes < 1:
+        raise ValueError(f"max_shard_bytes must be at least 1, got {max_shard_bytes!r}.")
     folder = pathlib.Path(directory).absolute()
-    if folder.exists():
-        raise FileExistsError(f"{folder} is there: name a new folder, or delete it first; nothing was overwritten.")
     leaves = _weights(params)
-    to = lambda x: np.dtype(dtype) if dtype is not None and jax.numpy.issubdtype(x, np.floating) else np.dtype(x)
-    dtypes = {name: to(leaf.dtype) for name, leaf in leaves.items()}
+    dtypes = {name: _dtype_of(name, leaf.dtype, dtype) for name, leaf in leaves.items()}
+    if not _everywhere(not folder.exists()):
+        raise FileExistsError(f"{folder} is there: name a new folder, or delete it first; nothing was overwritten.")
+    arrays = (leaf.read() for leaf in leaves.values())
     sizes = {name: math.prod(leaf.shape) * dtypes[name].itemsize for name, leaf in leaves.items()}
-    files = list(_files(sizes, max_shard_bytes))
-    partial = folder.with_name(f"{folder.name}.partial")
-    main = jax.process_index() == 0
     error: Exception | None = None
     try:
-        if main:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-    except OSError as e:
+        if jax.process_index() == 0:
+            tensor_files.write(folder, map(_rounded, arrays, dtypes.values(), dtypes), sizes, max_shard_bytes)
+    except Exception as e:  # whatever it is, the others wait for process 0
         error = e
-    for i, names in enumerate(files):
-        # All processes go through all leaves, whether or not the files can be written: gathering takes all of them.
-        arrays = {name: leaves[name].read().astype(dtypes[name], order="C", copy=False) for name in names}
-        try:
-            if main and error is None:
-                save_file(arrays, partial / _file_name(i, len(files)), metadata={"format": "np"})
-        except (OSError, SafetensorError) as e:
-            error = e
-    try:
-        if main and error is None:
-            _complete(partial, folder, files, sum(sizes.values()))
-    except OSError as e:
-        error = e
-    if not _everywhere(error is None):
-        shutil.rmtree(partial, ignore_errors=True)
-        raise OSError(
-            f"the weights were not written to {folder}: {error or 'process 0 says why'}. Nothing is left of them; make "
-            "room or mend the cause, and export again."
-        ) from error
+    if jax.process_count() > 1:
+        for _ in arrays:  # gathering takes all processes, whether or not the files can be written
+            pass
+    if _everywhere(error is None):
+        return
+    if error is not None and not isinstance(error, OSError | SafetensorError):
+        raise error
+    raise OSError(
+        f"the weights were not written to {folder}: {error or 'process 0 says why'}. Nothing is left of them; make "
+        "room or mend the cause, and export again."
+    ) from error
 
 
 def import_params(
@@ -116,8 +108,8 @@ def import_params(
       path: A folder as `export_params` or Hugging Face writes it, or one file.
       plan: Where the params shall live, and their names, shapes and dtypes. Floating weights are rounded to nearest
         where the plan's dtype is narrower; integers and bools must be as the plan has them.
-      rename: The file's name of a leaf, by the plan's, `blocks/attention/kernel`; a function or a mapping. By default
-        the same with dots.
+      rename: The file's name of a leaf, by the plan's, `blocks/attention/kernel`; a function or a mapping. By default,
+        and of leaves that a mapping lacks, the same with dots. Several leaves may have one name, as tied weights do.
       strict: Whether a file's array that no leaf wants is an error.
 
     Returns:
@@ -125,7 +117,11 @@ def import_params(
 
     Raises:
       FileNotFoundError: there is no such file, or the folder has none.
-      ValueError: a file is damaged; or a leaf is missing, is one too many, or has another shape or kind of dtype.
+      ValueError: a file is damaged; a leaf is missing, is one too many, has another shape or kind of dtype, or a number
+        too large for the plan's; `rename` names a leaf that the plan lacks; the plan's mesh has no devices.
+
+    Memory:
+      In host memory one array's part of a device at a time, on devices nothing but their shards.
 
     Example:
       >>> import tempfile, jax.numpy as jnp, zerojax
@@ -138,22 +134,24 @@ def import_params(
       'bfloat16'
     """
     path = pathlib.Path(path).absolute()
-    if rename is None:
-        rename = _dotted
-    by_name = rename if callable(rename) else lambda name: rename.get(name, _dotted(name))
-    opened = _open(path)
-    wanted = {leaf.name: by_name(leaf.name) for leaf in plan.leaves}
+    if not isinstance(plan.mesh, jax.sharding.Mesh):
+        raise ValueError(
+            "import_params wants a plan of devices; this one's mesh is an AbstractMesh: see jax.make_mesh."
+        )
+    wanted = _renamed([leaf.name for leaf in plan.leaves], rename)
+    opened = tensor_files.slices_at(path)
     for name, theirs in wanted.items():
         if theirs not in opened:
             raise ValueError(
-                f"{path} lacks {theirs!r}, wanted for {name!r}; it has {_some(opened)}. rename= maps names."
+                f"{path} lacks {theirs!r}, wanted for {name!r}; it has {some(opened)}. rename= maps names."
             )
-    if strict and (more := [name for name in opened if name not in set(wanted.values())]):
-        raise ValueError(f"{path} holds {_some(more)}, which this model lacks; strict=False leaves it out.")
+    taken = set(wanted.values())
+    if strict and (more := [name for name in opened if name not in taken]):
+        raise ValueError(f"{path} holds {some(more)}, which this model lacks; strict=False leaves it out.")
     shardings = plan.treedef.flatten_up_to(plan.params)
     checked = [_check(opened[wanted[leaf.name]], wanted[leaf.name], leaf, path) for leaf in plan.leaves]
     arrays = [
-        jax.make_array_from_callback(leaf.shape, sharding, functools.partial(_slice, source, leaf.dtype))
+        jax.make_array_from_callback(leaf.shape, sharding, functools.partial(_slice, source, leaf))
         for leaf, sharding, source in zip(plan.leaves, shardings, checked, strict=True)
     ]
     return plan.treedef.unflatten(arrays)
@@ -162,10 +160,11 @@ def import_params(
 class _Weight:
     """A leaf's weights, with the master behind a 16-bit param."""
 
-    def __init__(self, param: Any, master: Any = None) -> None:
+    def __init__(self, name: str, param: Any, master: Any) -> None:
         self._param, self._master = param, master
-        self.shape: tuple[int, ...] = host.whole_shape(param)
-        self.dtype = np.dtype(param.dtype if master is None else np.float32)
+        self.shape, dtype = layout.shape_dtype(param, name)
+        own = getattr(param, "dtype", dtype)  # 64 bits of NumPy's stay 64, whatever JAX would make of them
+        self.dtype: Any = own if master is None else np.dtype(np.float32)
 
     def read(self) -> np.ndarray:
         """The whole array, in host memory."""
@@ -180,16 +179,48 @@ class _Weight:
 
 def _weights(params: TrainState | PyTree) -> dict[str, _Weight]:
     """By name."""
-    masters = None
+    opt_state = None
     if isinstance(params, TrainState):
-        is_master = lambda x: isinstance(x, MasterWeightsState)
-        found = [x for x in jax.tree.leaves(params.opt_state, is_leaf=is_master) if is_master(x)]
-        masters, params = found[0].masters if len(found) == 1 else None, params.params
-    leaves, structure = jax.tree_util.tree_flatten_with_path(params, is_leaf=host.is_pieces)
+        params, opt_state = params.params, params.opt_state
+    leaves, structure = jax.tree_util.tree_flatten_with_path(params)
     treedef: Any = structure
-    behind = [None] * len(leaves) if masters is None else treedef.flatten_up_to(masters)
-    pairs = zip(leaves, behind, strict=True)
-    return {_dotted(meshes.path_name(path)): _Weight(x, master) for (path, x), master in pairs}
+    is_state = lambda x: isinstance(x, MasterWeightsState)
+    states = [x for x in jax.tree.leaves(opt_state, is_leaf=is_state) if is_state(x)]
+    # Of a partitioned optimizer each state has the masters of its params, and `optax.MaskedNode` for the others.
+    masters = [treedef.flatten_up_to(state.masters) for state in states]
+    found: dict[str, _Weight] = {}
+    for i, (path, x) in enumerate(leaves):
+        behind = [of[i] for of in masters if of[i] is not None and not isinstance(of[i], optax.MaskedNode)]
+        name = _dotted(meshes.path_name(path))
+        if name in found:
+            raise ValueError(f"two leaves have the name {name!r} in a file: rename one of them in the tree.")
+        if len(behind) > 1:
+            raise ValueError(
+                f"leaf {name!r} has {len(behind)} master weights; wrap its optimizer in one master_weights."
+            )
+        found[name] = _Weight(name, x, *(behind or [None]))
+    return found
+
+
+def _dtype_of(name: str, own: Any, dtype: Any) -> np.dtype:
+    """Of a leaf in the file."""
+    if dtype is not None and (asked := jax.numpy.dtype(dtype).name) not in FLOATS:
+        raise ValueError(f"dtype must be one of {', '.join(FLOATS)}, got {asked!r}; integers keep their own dtype.")
+    if str(own) not in CODES:
+        raise TypeError(
+            f"leaf {name!r} has dtype {own}, safetensors takes {', '.join(CODES)}: leave it out or cast it."
+        )
+    return jax.numpy.dtype(dtype) if dtype is not None and str(own) in FLOATS else np.dtype(own)
+
+
+def _rounded(x: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
+    """In another dtype, to nearest; a finite number stays finite."""
+    with np.errstate(over="ignore"):  # told below, with the leaf's name
+        new = x.astype(dtype, order="C", copy=False)
+    if new.dtype != x.dtype and np.any(np.isfinite(x) & ~np.isfinite(new)):
+        largest = jax.numpy.finfo(dtype).max
+        raise ValueError(f"{name!r} has numbers beyond {largest}, the largest {dtype}: take bfloat16 or float32.")
+    return new
 
 
 def _gathered(x: Any) -> np.ndarray:
@@ -209,68 +240,28 @@ def _dotted(name: str) -> str:
     return name.replace("/", ".")
 
 
-def _files(sizes: dict[str, int], most: int) -> Iterator[list[str]]:
-    """Names of the arrays of each file."""
-    names: list[str] = []
-    for name in sizes:
-        if names and sum(sizes[n] for n in names) + sizes[name] > most:
-            yield names
-            names = []
-        names.append(name)
-    yield names
-
-
-def _file_name(i: int, files: int) -> str:
-    return "model.safetensors" if files == 1 else f"model-{i + 1:05d}-of-{files:05d}.safetensors"
-
-
-def _complete(partial: pathlib.Path, folder: pathlib.Path, files: list[list[str]], size: int) -> None:
-    """Adds the index, makes all durable, and gives the folder its name."""
-    if len(files) > 1:
-        where = {name: _file_name(i, len(files)) for i, names in enumerate(files) for name in names}
-        text = json.dumps({"metadata": {"total_size": size}, "weight_map": where}, indent=2)
-        manifest.write_durably(partial / _INDEX, text)
-    for file in partial.iterdir():
-        manifest.sync(file)
-    partial.rename(folder)
-    manifest.sync(folder.parent)
-
-
 def _everywhere(well: bool) -> bool:
-    """Whether all went well for process 0."""
+    """Whether it is well with process 0, on all of them."""
     if jax.process_count() == 1:
         return well
     return bool(multihost_utils.broadcast_one_to_all(np.int32(well)))
 
 
-def _open(path: pathlib.Path) -> dict[str, Any]:
-    """Slices of all arrays by name, of which nothing is read yet."""
-    if path.is_dir():
-        index = path / _INDEX
-        names = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else None
-        files = sorted(path.glob("*.safetensors")) if names is None else [path / name for name in sorted(names)]
-        if not files:
-            raise FileNotFoundError(f"{path} has no .safetensors file.")
-    else:
-        files = [path]
-    slices: dict[str, Any] = {}
-    for file in files:
-        if not file.exists():
-            raise FileNotFoundError(f"{file} is missing.")
-        try:
-            opened = safe_open(file, framework="np")
-            # Of an array without elements there are no slices.
-            slices |= {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (it is no dict)
-        except SafetensorError as e:
-            raise ValueError(f"{file} is damaged or no safetensors file: {e}. Export or download it again.") from e
-    return slices
+def _renamed(names: list[str], rename: Callable[[str], str] | Mapping[str, str] | None) -> dict[str, str]:
+    """The file's name of each leaf."""
+    if callable(rename):
+        return {name: rename(name) for name in names}
+    given = dict(rename or {})
+    if unknown := sorted(given.keys() - set(names)):
+        raise ValueError(f"rename has {some(unknown)}, which the plan lacks; its leaves are {some(names)}.")
+    return {name: given.get(name, _dotted(name)) for name in names}
 
 
-def _check(source: Any, theirs: str, leaf: Any, path: pathlib.Path) -> Any:
+def _check(source: Any, theirs: str, leaf: Leaf, path: pathlib.Path) -> Any:
     """`source`, unless it cannot become the leaf."""
     shape, dtype = tuple(source.get_shape()), source.get_dtype()
-    floating = jax.numpy.issubdtype(leaf.dtype, np.floating)
-    same = dtype in ("F64", "F32", "F16", "BF16") if floating else dtype == _code(leaf.dtype)
+    own = leaf.dtype.name
+    same = dtype in FLOATS.values() if own in FLOATS else dtype == CODES.get(own)
     if shape == leaf.shape and same:
         return source
     raise ValueError(
@@ -279,17 +270,7 @@ def _check(source: Any, theirs: str, leaf: Any, path: pathlib.Path) -> Any:
     )
 
 
-def _code(dtype: np.dtype) -> str:
-    """A dtype that is not floating, in safetensors' letters."""
-    return "BOOL" if dtype.kind == "b" else f"{'U' if dtype.kind == 'u' else 'I'}{8 * dtype.itemsize}"
-
-
-def _slice(source: Any, dtype: np.dtype, index: tuple[slice, ...]) -> np.ndarray:
-    if 0 in source.get_shape():
-        return np.zeros([len(range(n)[s]) for n, s in zip(source.get_shape(), index, strict=True)], dtype)
-    return np.asarray(source[index]).astype(dtype)
-
-
-def _some(names: Any) -> str:
-    first = [repr(name) for name in list(names)[:3]]
-    return ", ".join(first) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+def _slice(source: Any, leaf: Leaf, index: tuple[slice, ...]) -> np.ndarray:
+    if 0 in leaf.shape:  # of such there are no slices
+        return np.zeros([len(range(n)[s]) for n, s in zip(leaf.shape, index, strict=True)], leaf.dtype)
+    return _rounded(np.asarray(source[index]), leaf.dtype, leaf.name)
