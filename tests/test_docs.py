@@ -8,7 +8,7 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
-@pytest.mark.parametrize("page", ["docs/precision.md", "docs/offload.md", "docs/weights.md"])
+@pytest.mark.parametrize("page", ["docs/checkpoints.md", "docs/offload.md", "docs/precision.md", "docs/weights.md"])
 def test_code_of_a_page_runs(page):
     text = (ROOT / page).read_text()
     names = {}
