@@ -30,6 +30,7 @@ def get_config() -> ml_collections.ConfigDict:
     )
     c.schedule.update({"name": "cosine", "warmup_num_steps": 50})  # total_num_steps: of the run, below
     c.logging.every = 10
+    c.checkpoint.update({"every": 200, "max_to_keep": 2})
 
     with c.unlocked():
         c.seed = 0
