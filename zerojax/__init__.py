@@ -23,11 +23,11 @@ from zerojax.precision import static_loss_scale as static_loss_scale
 from zerojax.processes import distributed as distributed
 from zerojax.states import offload_states as offload_states
 from zerojax.states import reload_states as reload_states
-from zerojax.step import TrainState as TrainState
-from zerojax.step import create_train_state as create_train_state
 from zerojax.step import make_eval_step as make_eval_step
 from zerojax.step import make_train_step as make_train_step
 from zerojax.step import value_and_grad as value_and_grad
+from zerojax.train_state import TrainState as TrainState
+from zerojax.train_state import create_train_state as create_train_state
 from zerojax.update import apply as apply
 from zerojax.zero import zero as zero
 

@@ -32,7 +32,7 @@ from zerojax import host, logical, manifest, meshes, report
 from zerojax.host import HOST, Rest
 from zerojax.manifest import Manifest
 from zerojax.plan import Plan
-from zerojax.step import TrainState
+from zerojax.train_state import TrainState
 from zerojax.zero import zero
 
 PyTree = Any

@@ -19,7 +19,8 @@ from zerojax.data import Dataloader
 from zerojax.deepspeed import looks_like_deepspeed
 from zerojax.nn.models import as_functions
 from zerojax.plan import Plan, make_plan
-from zerojax.step import TrainState, create_train_state, make_eval_step, make_train_step
+from zerojax.step import make_eval_step, make_train_step
+from zerojax.train_state import TrainState, create_train_state
 from zerojax.zero import ZeroTransformation, zero
 
 PyTree = Any

@@ -20,7 +20,8 @@ from zerojax import host, layout, report
 from zerojax.offload import streamed
 from zerojax.plan import Plan, make_plan
 from zerojax.sizes import LAYERWISE, Sizes
-from zerojax.step import TrainState, make_train_step
+from zerojax.step import make_train_step
+from zerojax.train_state import TrainState
 from zerojax.zero import zero
 
 PyTree = Any

@@ -15,7 +15,7 @@ from zerojax import host, meshes
 from zerojax.host import HOST, Rest
 from zerojax.plan import Plan
 from zerojax.precision import LossScaleState
-from zerojax.step import TrainState
+from zerojax.train_state import TrainState
 from zerojax.zero import ZeroTransformation
 
 PyTree = Any

@@ -9,7 +9,7 @@ import jax
 
 from zerojax import host, meshes
 from zerojax.plan import Plan
-from zerojax.step import TrainState, check_alive
+from zerojax.train_state import TrainState, check_alive
 
 PyTree = Any
 

@@ -1,10 +1,10 @@
-"""The training state and the training step: loss, gradients, update and gather in one jitted, donated program."""
+"""The training step: loss, gradients, update and gather in one jitted, donated program."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,93 +17,10 @@ from zerojax.gradients import Layerwise, LossFn, Objective, Result
 from zerojax.offload import Streamed, streamed
 from zerojax.plan import Plan
 from zerojax.precision import LossScale, LossScaleState
+from zerojax.train_state import TrainState, check_alive, state_specs
 from zerojax.zero import ZeroTransformation, zero
 
 PyTree = Any
-
-
-class TrainState(NamedTuple):
-    """All that a training step carries.
-
-    Attributes:
-      step: int32, calls of the step so far, skipped ones too.
-      params: The params, laid out by `plan.params`.
-      opt_state: The optimizer's state, laid out by `plan.opt_state(tx)`.
-      loss_scale: State of the loss scale, or None without one.
-      skipped: int32, steps that an overflow kept from updating anything, with a loss scale or `skip_nonfinite`.
-    """
-
-    step: jax.Array
-    params: PyTree
-    opt_state: optax.OptState
-    loss_scale: LossScaleState | None
-    skipped: jax.Array
-
-
-def check_alive(state: TrainState) -> None:
-    """Raises `ValueError` where a state's arrays are no more."""
-    if isinstance(state.step, jax.Array) and not isinstance(state.step, jax.core.Tracer) and state.step.is_deleted():
-        raise ValueError(
-            "this state went into an earlier step, or was offloaded, which took its arrays over; use the one returned."
-        )
-
-
-def create_train_state(
-    params_or_init: PyTree | Callable[..., PyTree],
-    tx: optax.GradientTransformation,
-    plan: Plan,
-    *args: Any,
-    loss_scale: LossScale | None = None,
-) -> TrainState:
-    """A `TrainState`, created where the plan wants it.
-
-    Args:
-      params_or_init: Arrays, which are copied and never deleted; or `init(*args) -> params`, which runs sharded, so
-        that at stage 3 no device ever holds the whole model.
-      tx: The optimizer, in `zero(...)` or bare.
-      plan: From `make_plan`.
-      *args: For `init`, a random key for instance.
-      loss_scale: What `make_train_step` gets as `loss_scale`.
-
-    Raises:
-      ValueError: the params do not match the plan.
-
-    Example:
-      >>> import zerojax
-      >>> mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-      >>> init = lambda key: {"w": jax.random.normal(key, (8, 4))}
-      >>> plan = zerojax.make_plan(jax.eval_shape(init, jax.random.key(0)), mesh, stage=3)
-      >>> state = create_train_state(init, optax.adam(1e-3), plan, jax.random.key(0))
-      >>> int(state.step), state.params["w"].shape
-      (0, (8, 4))
-    """
-    tx = zero(tx, plan)
-    meshes.check_devices(plan.mesh)
-    specs = _state_specs(tx, plan, loss_scale)
-    # What goes to the host is made apart, so that the device never holds it all.
-    apart = plan.offload is not None
-    specs = specs._replace(opt_state=None) if apart else specs
-
-    def make(init: Callable[..., PyTree], *args: Any, donate: tuple[int, ...] = ()) -> TrainState:
-        def create_train_state(*args: Any) -> TrainState:
-            params = init(*args)
-            plan.check(params)
-            params = jax.tree.map(lambda x: jnp.asarray(x, x.dtype), params)  # a Python number is weakly typed
-            scale = None if loss_scale is None else loss_scale.init()
-            return TrainState(jnp.int32(0), params, None if apart else tx.inner.init(params), scale, jnp.int32(0))
-
-        run = meshes.on_mesh(plan.mesh, create_train_state, specs)
-        state = jax.jit(run, out_shardings=meshes.named(plan.mesh, specs), donate_argnums=donate)(*args)
-        return state._replace(opt_state=tx.init(state.params)) if apart else state
-
-    if callable(params_or_init):
-        return make(params_or_init, *args)
-    if args:
-        raise TypeError(f"create_train_state got {len(args)} arguments for init, but params_or_init is no function.")
-    plan.check(params_or_init)
-    # Leaf by leaf, and by a copy that no layout can turn into an alias: the step donates what it is given.
-    copy = lambda x, sharding: jax.jit(jnp.copy, out_shardings=sharding)(jax.device_put(x, sharding))
-    return make(lambda params: params, jax.tree.map(copy, params_or_init, plan.params), donate=(0,))
 
 
 class TrainStep:
@@ -115,7 +32,7 @@ class TrainStep:
         plan = objective.plan
         meshes.check_devices(plan.mesh)
         self._objective = objective
-        specs = _state_specs(tx, plan, loss_scale)
+        specs = state_specs(tx, plan, loss_scale)
         self._shardings = meshes.named(plan.mesh, specs)._replace(opt_state=plan.opt_state(tx))
         self._treedef: Any = jax.tree.structure(self._shardings)
         self._traced = run  # options of the compiler are the outermost jit's alone
@@ -292,7 +209,7 @@ def make_train_step(
         grad_dtype=grad_dtype,
         layerwise=layerwise,
     )
-    state_specs = _state_specs(tx, plan, loss_scale)
+    specs = state_specs(tx, plan, loss_scale)
     if loss_scale is None:
         _warn_of_float16(plan)
 
@@ -332,14 +249,14 @@ def make_train_step(
 
     def at_once(state: TrainState, batch: PyTree) -> tuple[TrainState, dict[str, Any]]:
         state = state._replace(opt_state=tx.in_use(state.opt_state))
-        new, metrics = meshes.on_mesh(plan.mesh, train_step, (state_specs, PartitionSpec()))(state, batch)
+        new, metrics = meshes.on_mesh(plan.mesh, train_step, (specs, PartitionSpec()))(state, batch)
         return new._replace(opt_state=tx.at_rest(new.opt_state)), metrics
 
     stream = streamed(tx)
     if stream is None:
         return TrainStep(at_once, objective, tx, loss_scale)
     scalar = PartitionSpec()
-    first = meshes.on_mesh(plan.mesh, begin, (stream.specs, state_specs._replace(params=None, opt_state=None), scalar))
+    first = meshes.on_mesh(plan.mesh, begin, (stream.specs, specs._replace(params=None, opt_state=None), scalar))
     return StreamedTrainStep(at_once, objective, tx, loss_scale, first, stream)
 
 
@@ -466,10 +383,3 @@ def _next_scale(loss_scale: LossScale, state: TrainState, finite: jax.Array) -> 
     after = loss_scale.update(before, finite)
     at_minimum = ~finite & (getattr(before, "hysteresis", 1) == 1) & (after.scale >= before.scale)
     return state._replace(loss_scale=after), {"loss_scale": before.scale, "at_minimum": at_minimum}
-
-
-def _state_specs(tx: optax.GradientTransformation, plan: Plan, loss_scale: LossScale | None) -> TrainState:
-    scalar = PartitionSpec()
-    scale = None if loss_scale is None else jax.tree.map(lambda _: scalar, jax.eval_shape(loss_scale.init))
-    specs: Any = (scalar, plan.param_specs, plan.opt_state_specs(tx), scale, scalar)
-    return TrainState(*specs)

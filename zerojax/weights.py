@@ -22,8 +22,8 @@ from safetensors import SafetensorError
 from zerojax import host, layout, logical, meshes, tensor_files
 from zerojax.masters import MasterWeightsState
 from zerojax.plan import Leaf, Plan
-from zerojax.step import TrainState
 from zerojax.tensor_files import CODES, FLOATS, some
+from zerojax.train_state import TrainState
 
 PyTree = Any
 

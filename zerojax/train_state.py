@@ -1,0 +1,110 @@
+"""The training state, and how it is created where the plan wants it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import PartitionSpec
+
+from zerojax import meshes
+from zerojax.plan import Plan
+from zerojax.precision import LossScale, LossScaleState
+from zerojax.zero import zero
+
+PyTree = Any
+
+
+class TrainState(NamedTuple):
+    """All that a training step carries.
+
+    Attributes:
+      step: int32, calls of the step so far, skipped ones too.
+      params: The params, laid out by `plan.params`.
+      opt_state: The optimizer's state, laid out by `plan.opt_state(tx)`.
+      loss_scale: State of the loss scale, or None without one.
+      skipped: int32, steps that an overflow kept from updating anything, with a loss scale or `skip_nonfinite`.
+    """
+
+    step: jax.Array
+    params: PyTree
+    opt_state: optax.OptState
+    loss_scale: LossScaleState | None
+    skipped: jax.Array
+
+
+def check_alive(state: TrainState) -> None:
+    """Raises `ValueError` where a state's arrays are no more."""
+    if isinstance(state.step, jax.Array) and not isinstance(state.step, jax.core.Tracer) and state.step.is_deleted():
+        raise ValueError(
+            "this state went into an earlier step, or was offloaded, which took its arrays over; use the one returned."
+        )
+
+
+def create_train_state(
+    params_or_init: PyTree | Callable[..., PyTree],
+    tx: optax.GradientTransformation,
+    plan: Plan,
+    *args: Any,
+    loss_scale: LossScale | None = None,
+) -> TrainState:
+    """A `TrainState`, created where the plan wants it.
+
+    Args:
+      params_or_init: Arrays, which are copied and never deleted; or `init(*args) -> params`, which runs sharded, so
+        that at stage 3 no device ever holds the whole model.
+      tx: The optimizer, in `zero(...)` or bare.
+      plan: From `make_plan`.
+      *args: For `init`, a random key for instance.
+      loss_scale: What `make_train_step` gets as `loss_scale`.
+
+    Raises:
+      ValueError: the params do not match the plan.
+
+    Example:
+      >>> import zerojax
+      >>> mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+      >>> init = lambda key: {"w": jax.random.normal(key, (8, 4))}
+      >>> plan = zerojax.make_plan(jax.eval_shape(init, jax.random.key(0)), mesh, stage=3)
+      >>> state = create_train_state(init, optax.adam(1e-3), plan, jax.random.key(0))
+      >>> int(state.step), state.params["w"].shape
+      (0, (8, 4))
+    """
+    tx = zero(tx, plan)
+    meshes.check_devices(plan.mesh)
+    specs = state_specs(tx, plan, loss_scale)
+    # What goes to the host is made apart, so that the device never holds it all.
+    apart = plan.offload is not None
+    specs = specs._replace(opt_state=None) if apart else specs
+
+    def make(init: Callable[..., PyTree], *args: Any, donate: tuple[int, ...] = ()) -> TrainState:
+        def create_train_state(*args: Any) -> TrainState:
+            params = init(*args)
+            plan.check(params)
+            params = jax.tree.map(lambda x: jnp.asarray(x, x.dtype), params)  # a Python number is weakly typed
+            scale = None if loss_scale is None else loss_scale.init()
+            return TrainState(jnp.int32(0), params, None if apart else tx.inner.init(params), scale, jnp.int32(0))
+
+        run = meshes.on_mesh(plan.mesh, create_train_state, specs)
+        state = jax.jit(run, out_shardings=meshes.named(plan.mesh, specs), donate_argnums=donate)(*args)
+        return state._replace(opt_state=tx.init(state.params)) if apart else state
+
+    if callable(params_or_init):
+        return make(params_or_init, *args)
+    if args:
+        raise TypeError(f"create_train_state got {len(args)} arguments for init, but params_or_init is no function.")
+    plan.check(params_or_init)
+    # Leaf by leaf, and by a copy that no layout can turn into an alias: the step donates what it is given.
+    copy = lambda x, sharding: jax.jit(jnp.copy, out_shardings=sharding)(jax.device_put(x, sharding))
+    return make(lambda params: params, jax.tree.map(copy, params_or_init, plan.params), donate=(0,))
+
+
+def state_specs(tx: optax.GradientTransformation, plan: Plan, loss_scale: LossScale | None) -> TrainState:
+    """How each array of a state lies over the mesh."""
+    scalar = PartitionSpec()
+    scale = None if loss_scale is None else jax.tree.map(lambda _: scalar, jax.eval_shape(loss_scale.init))
+    specs: Any = (scalar, plan.param_specs, plan.opt_state_specs(tx), scale, scalar)
+    return TrainState(*specs)
