@@ -143,7 +143,10 @@ def _by_kernel(
         factors=flags[:, None], sums=2, **options,
     )  # fmt: skip
     squares = squares if across is None else across(squares)
-    rates = scalars.learning_rate * trust_ratio(trust, squares[:, 0], squares[:, 1])
+    # Between barriers: what XLA makes of roots and a division depends on what it fuses them with, and a step shall not
+    # depend on which leaves are updated together.
+    rate, squares = jax.lax.optimization_barrier((scalars.learning_rate, squares))
+    rates = jax.lax.optimization_barrier(rate * trust_ratio(trust, squares[:, 0], squares[:, 1]))
     (new_params,), _ = stored.run(
         "lamb_params", _stepped, s, [params], [new_mu, new_nu], halves=(None, 0, 1),
         factors=jnp.stack([rates, flags], axis=1), **options,
