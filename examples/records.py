@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pathlib
 from typing import Any
 
@@ -46,10 +47,40 @@ class Metrics:
         if self._main:
             self._lines.write(json.dumps(line) + "\n")
             self._lines.flush()
+            os.fsync(self._lines.fileno())  # no later than the checkpoint of this step
             for name in line.keys() - {"step"}:
                 self._writer.add_scalar(f"train/{name}", line[name], line["step"])
         note = f"loss {line['loss']:.3f}  {line['step_ms']:.0f} ms/step  {line['tokens_per_s']:,.0f} tokens/s"
         self._bar.update(self._task, completed=line["step"], note=note)
+
+
+_MAY_CHANGE = (
+    "steps",
+    "zero",
+    "mesh",
+    "logging",
+    "checkpoint",
+    "eval_every",
+    "eval_batches",
+    "sample_bytes",
+    "cpu_devices",
+)
+
+
+def check_config(then: str, now: ml_collections.ConfigDict) -> None:
+    """Raises `ValueError` where a run would not go on as it began; its length, layout and outputs may change."""
+
+    def flat(tree: dict[str, Any], before: str = "") -> dict[str, Any]:
+        parts = [flat(v, f"{before}{k}.") if isinstance(v, dict) else {f"{before}{k}": v} for k, v in tree.items()]
+        return {name: value for part in parts for name, value in part.items()}
+
+    old, new = (flat(json.loads(text)) for text in (then, now.to_json_best_effort()))
+    for name in [*old, *(set(new) - set(old))]:
+        if name.split(".")[0] not in _MAY_CHANGE and old.get(name) != new.get(name):
+            raise ValueError(
+                f"the run began with config.{name}={old.get(name)!r}, now it is {new.get(name)!r}: it would not go on "
+                "as it began. Pass the old value, or another --workdir."
+            )
 
 
 class Saver:

@@ -5,7 +5,7 @@
 Writes into the workdir: metrics.jsonl (a line each `logging.every` steps, the first one's times with compilation),
 TensorBoard events, loss.png, sample.txt, plan.txt; checkpoints/ each `checkpoint.every` steps, best/ where the held-out
 loss is lowest. The same command goes on from the latest checkpoint, bit for bit. SIGTERM and Ctrl-C finish the step,
-save and end with 128 + the signal's number.
+save and end with 128 + the signal's number; of several processes SIGTERM alone, to any of them.
 
     python examples/train_gpt.py ... --distributed        # in each of several processes: SLURM, Open MPI, Kubernetes
     python examples/train_gpt.py ... --distributed --coordinator=HOST:PORT --processes=2 --process=0
@@ -88,6 +88,7 @@ def train(c: ml_collections.ConfigDict, workdir: pathlib.Path, stop: runs.StopRe
     start, extra = zerojax.latest_step(workdir / "checkpoints") or 0, {}
     if start:
         state, extra = zerojax.restore_checkpoint(workdir / "checkpoints", tx, plan)
+        records.check_config(extra["config"], c)
         print(f"Goes on from step {start} of {workdir / 'checkpoints'}.")
     else:
         state = zerojax.create_train_state(init, tx, plan, key, loss_scale=options["loss_scale"])
@@ -146,7 +147,8 @@ def finish(c: ml_collections.ConfigDict, workdir: pathlib.Path, written: str, hi
     }
     report.plot_lines(curves, workdir / "loss.png", xlabel="step", ylabel="nats a byte")
     (workdir / "sample.txt").write_text(written)
-    print(f"held-out loss {history[-1]['held_out_loss']:.4f} nats a byte; a sample:\n{written}")
+    held_out = [line["held_out_loss"] for line in history if "held_out_loss" in line]
+    print(f"held-out loss {held_out[-1]:.4f} nats a byte; a sample:\n{written}" if held_out else written)
 
 
 def main(argv: list[str]) -> None:

@@ -13,6 +13,7 @@ import jax
 import models
 import numpy as np
 import optax
+from flax import linen as nn
 
 import zerojax
 
@@ -36,7 +37,9 @@ def train(folder, devices):
     found = {}
     for stage, offload in ((0, None), (1, None), (2, BUCKETS), (3, None)):
         plan, tx, step = build(devices, stage, offload)
-        state = zerojax.create_train_state(models.mlp_params(), tx, plan)
+        init = lambda key: models.mlp_params()
+        given = (init, tx, plan, jax.random.key(0)) if stage == 3 else (models.mlp_params(), tx, plan)
+        state = zerojax.create_train_state(*given)
         loader = zerojax.Dataloader(DATA, plan.batch, rows=32, seed=1)
         losses = []
         for i in range(4):
@@ -55,20 +58,37 @@ def train(folder, devices):
     zerojax.export_params(folder / "weights", state)
     back = zerojax.import_params(folder / "weights", plan)
     same = jax.tree.map(lambda a, b: jax.numpy.array_equal(a, b), back, state.params)
+    found["engine"] = engine()
     found["imported"] = all(map(bool, jax.tree.leaves(same)))
     return found
 
 
+class Loss(nn.Module):
+    """Mean squared error of a linear map."""
+
+    @nn.compact
+    def __call__(self, batch):
+        return jax.numpy.mean((nn.Dense(8)(batch["x"]) - batch["y"]) ** 2)
+
+
+def engine():
+    """Losses of `zerojax.initialize`."""
+    config = {"train_batch_size": 32, "zero_optimization": {"stage": 2}, "optimizer": {"type": "Adam"}}
+    made, _, _, _ = zerojax.initialize(config, model=Loss(), training_data=DATA)
+    return [float(made.train_batch()["loss"]) for _ in range(2)]
+
+
 def die(folder, devices):
-    """The last process ends in the middle, as the folder's name says."""
+    """A process ends in the middle: which and how the folder's name says."""
+    how, victim = folder.name.split("-")
     plan, tx, step = build(devices, stage=1)
     state = zerojax.create_train_state(models.mlp_params(), tx, plan)
     loader = zerojax.Dataloader(DATA, plan.batch, rows=32, seed=1)
     for i in range(10**6):
         state, metrics = step(state, loader.next_batch())
         float(metrics["loss"])
-        if i == 3 and jax.process_index() == jax.process_count() - 1:
-            if folder.name == "raise":
+        if i == 3 and jax.process_index() == int(victim):
+            if how == "raise":
                 raise RuntimeError("out of luck")
             os.kill(os.getpid(), signal.SIGKILL)
 

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent import futures
 
 import jax
 import many
@@ -28,7 +29,8 @@ def run(name, folder, count):
     )
     processes = [start(i) for i in range(count)]
     try:
-        outputs = [process.communicate(timeout=240) for process in processes]
+        with futures.ThreadPoolExecutor() as pool:
+            outputs = list(pool.map(lambda process: process.communicate(timeout=240), processes))
     finally:
         for process in processes:
             process.kill()
@@ -44,6 +46,7 @@ def test_processes_train_as_one_with_as_many_devices(tmp_path, count):
     # The same programs on the same shards; sums over two or four addends that gloo makes in another order.
     wanted = many.train(tmp_path / "one", count)
     assert results[0].pop("imported") and wanted.pop("imported")
+    assert len(wanted) == 5
     for stage, losses in wanted.items():
         assert results[0][stage] == pytest.approx(losses, rel=1e-6), stage
     # One process restores what several saved, and the other way round was in `many.train`.
@@ -52,16 +55,25 @@ def test_processes_train_as_one_with_as_many_devices(tmp_path, count):
     assert int(state.step) == 2 and extra["data"]
 
 
-@pytest.mark.parametrize("how", ["raise", "kill"])
-def test_all_end_when_one_does(tmp_path, how):
+@pytest.mark.parametrize("case", ["raise-1", "kill-1", "kill-0"])  # the one that dies; 0 is the coordinator
+def test_all_end_when_one_does(tmp_path, case):
+    how, victim = case.split("-")
     start = time.monotonic()
-    statuses, ((_, survivor), (_, dead)) = run("die", tmp_path / how, 2)
+    statuses, outputs = run("die", tmp_path / case, 2)
     assert time.monotonic() - start < 60  # joining and compiling included; a loss is noticed in 10 seconds at most
-    assert statuses[0] not in (0, None) and statuses[1] == (1 if how == "raise" else -9)
+    other = 1 - int(victim)
+    assert statuses[int(victim)] == (1 if how == "raise" else -9) and statuses[other] not in (0, -9)
+    survivor, dead = outputs[other][1], outputs[int(victim)][1]
     # A collective that fails is told by us; where the service notices first, JAX ends the process with its own words.
-    assert re.search(r"process 0 of 2 ends: |another task died|heartbeat", survivor), survivor[-3000:]
+    assert re.search(rf"process {other} of 2 ends: |another task died", survivor), survivor[-3000:]
     if how == "raise":
         assert "process 1 of 2 ends: RuntimeError: out of luck" in dead and "start all again" in dead
+
+
+def test_a_process_that_nobody_joins_gives_up():
+    code = "import zerojax\nwith zerojax.distributed('127.0.0.1:1', 2, 1, join_timeout_s=2): pass"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0 and re.search("DEADLINE_EXCEEDED|UNAVAILABLE", done.stderr), done.stderr
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import signal
 import socket
 import subprocess
@@ -106,6 +107,12 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, without, number):
         metrics.write(json.dumps({"step": stopped + 1, "loss": 0.0}) + '\n{"step": 9')
     assert f"Goes on from step {stopped} of" in finished(start(tmp_path))
     assert_as_without(tmp_path, without)
+
+
+def test_another_config_is_refused_by_name(without):
+    process = start(without, "--config.optimizer.learning_rate=0.5")
+    _, err = process.communicate(timeout=240)
+    assert process.returncode and re.search(r"config.optimizer.learning_rate=0.002, now it is 0.5.*--workdir", err), err
 
 
 @pytest.mark.slow

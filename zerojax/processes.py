@@ -25,9 +25,11 @@ def distributed(
     Under SLURM, Open MPI or Kubernetes, JAX finds out the arguments. Devices and meshes are then those of all.
 
     A process that ends by an exception says so and ends at once, without the others; these notice, by a collective that
-    fails or by its silence, and end too. What is to be done then is to start all again: a program that restores its
-    latest checkpoint goes on from there. SIGTERM does not end a process inside: JAX takes it as the notice of a
-    preemption, which `jax.experimental.multihost_utils.reached_preemption_sync_point(step)` tells all of at one step.
+    fails or by its silence, and end too. A save that is under way is dropped. What is to be done then is to start all
+    again: a program that restores its latest checkpoint goes on from there.
+
+    SIGTERM does not end a process inside: JAX takes it as the notice of a preemption, which
+    `jax.experimental.multihost_utils.reached_preemption_sync_point(step)` tells all of at one step.
 
     Args:
       coordinator_address: "host:port" of process 0, the same in all processes.
@@ -73,8 +75,8 @@ def distributed(
         traceback.print_exc()
         print(
             f"process {jax.process_index()} of {jax.process_count()} ends: {type(e).__name__}: {e}\n"
-            "If it lost the connection to another one, that one says why. All end now; start all again to go on from "
-            "the latest checkpoint.",
+            "If it lost the connection to another one, that one says why, or was killed and says nothing. All end "
+            "now; start all again to go on from the latest checkpoint.",
             file=sys.stderr,
             flush=True,
         )

@@ -12,11 +12,14 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
+from zerojax import manifest
+
 
 class StopRequest:
     """SIGTERM and SIGINT as something to ask for between steps; the second one ends the program at once.
 
-    Of several processes in `zerojax.distributed`, a SIGTERM to any makes all stop at one step, as before a preemption.
+    Of several processes in `zerojax.distributed`, a SIGTERM to any makes all stop at one step, as before a preemption;
+    further ones do nothing, and SIGINT ends them as it would.
 
     Attributes:
       signal: Which one came, None so far.
@@ -70,6 +73,9 @@ def lines_until(path: str | os.PathLike[str], step: int) -> list[dict[str, Any]]
     Returns:
       The lines that stay.
 
+    Raises:
+      ValueError: a line that was written whole is none of JSON, or has no step.
+
     Example:
       >>> import tempfile
       >>> path = pathlib.Path(tempfile.mkdtemp()) / "metrics.jsonl"
@@ -82,8 +88,14 @@ def lines_until(path: str | os.PathLike[str], step: int) -> list[dict[str, Any]]
         return []
     text = path.read_text()
     whole = text[: text.rfind("\n") + 1].splitlines()
-    kept = [line for line in map(json.loads, whole) if line["step"] <= step]
+    kept = []
+    for number, line in enumerate(whole, 1):
+        try:
+            values = json.loads(line)
+            kept += [values] if values["step"] <= step else []
+        except (ValueError, KeyError, TypeError) as e:
+            raise ValueError(f"{path}, line {number} is damaged ({e}): mend it, or delete the line.") from e
     new = path.with_name(f"{path.name}.new")
-    new.write_text("".join(f"{json.dumps(line)}\n" for line in kept))
+    manifest.write_durably(new, "".join(f"{json.dumps(line)}\n" for line in kept))
     new.replace(path)
     return kept
