@@ -149,6 +149,8 @@ class Tools:
     Attributes:
       sqrt: Square root.
       divide: `divide(a, b)`, a / b.
+      square: x * x, rounded. Compilers fuse a product with a sum, or not, as it suits their code; the sum of a leaf's
+        squares shall not depend on which other leaves a launch has.
       floor: The integer below, of numbers of magnitude below 2**22, as int32 modulo 256 and as float32.
       at_most: `at_most(x, limit)`, the smaller, and the limit of NaN.
       group_max: Gives the largest magnitude of each `GROUP` neighbours along the last dim, to each of them; NaN counts
@@ -163,6 +165,7 @@ class Tools:
 
     sqrt: Callable[[Array], Array]
     divide: Callable[[Array, Array], Array]
+    square: Callable[[Array], Array]
     floor: Callable[[Array], tuple[Array, Array]]
     at_most: Callable[[Array, float], Array]
     group_max: Callable[[Array], Array]
@@ -352,6 +355,7 @@ def group_max(x: Array) -> Array:
 EXACT = Tools(
     sqrt=jnp.sqrt,
     divide=jnp.divide,
+    square=jnp.square,
     floor=lambda x: (jnp.floor(x).astype(jnp.int32), jnp.floor(x)),
     at_most=lambda x, limit: jnp.where(x < limit, x, limit),
     group_max=group_max,

@@ -37,6 +37,7 @@ def tools(layout: Any, block: int, *, fast: bool) -> formats.Tools:
     return formats.Tools(
         sqrt=instruction("sqrt.approx.ftz.f32 $0, $1") if fast else jnp.sqrt,
         divide=(lambda a, b: a * reciprocal(b)) if fast else jnp.divide,
+        square=instruction("mul.rn.f32 $0, $1, $1"),
         floor=inline(_floor, 1, jnp.int32, f32),
         at_most=lambda x, limit: instruction(f"min.f32 $0, $1, 0f{np.float32(limit).view(np.uint32):08X}")(x),
         group_max=inline(lambda x: _group_max(x, formats.GROUP), 1, f32),

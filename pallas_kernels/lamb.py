@@ -145,8 +145,8 @@ def _by_kernel(
     squares = squares if across is None else across(squares)
     # Between barriers: what XLA makes of roots and a division depends on what it fuses them with, and a step shall not
     # depend on which leaves are updated together.
-    rate, squares = jax.lax.optimization_barrier((scalars.learning_rate, squares))
-    rates = jax.lax.optimization_barrier(rate * trust_ratio(trust, squares[:, 0], squares[:, 1]))
+    rate, norms = jax.lax.optimization_barrier((scalars.learning_rate, jnp.sqrt(squares)))
+    rates = jax.lax.optimization_barrier(rate * trust_ratio(trust, norms[:, 0], norms[:, 1]))
     (new_params,), _ = stored.run(
         "lamb_params", _stepped, s, [params], [new_mu, new_nu], halves=(None, 0, 1),
         factors=jnp.stack([rates, flags], axis=1), **options,
@@ -160,7 +160,7 @@ def _moments_and_squares(
     here = Scalars(*s)
     g, mu, nu = moments(here, p, g, mu, nu, d)
     step = direction(here, p, None, mu, nu, d, tools)
-    return mu, nu, p * p, step * step
+    return mu, nu, tools.square(p), tools.square(step)
 
 
 def _stepped(
@@ -195,10 +195,10 @@ def lamb_choice(
     return dispatch.choose("lamb", implementation, arrays, empty=empty, unserved=unserved(arrays))
 
 
-def trust_ratio(trust: TrustRatio, param_square: jax.Array, step_square: jax.Array) -> jax.Array:
-    """||param|| / ||step|| within the limits, of squared norms; 1 where either is 0."""
-    defined = (param_square > 0) & (step_square > 0)
-    ratio = jnp.sqrt(param_square) / jnp.sqrt(jnp.where(defined, step_square, 1))
+def trust_ratio(trust: TrustRatio, param_norm: jax.Array, step_norm: jax.Array) -> jax.Array:
+    """||param|| / ||step|| within the limits; 1 where either is 0."""
+    defined = (param_norm > 0) & (step_norm > 0)
+    ratio = param_norm / jnp.where(defined, step_norm, 1)
     return jnp.where(defined, jnp.clip(ratio, trust.minimum, trust.maximum), 1)
 
 
@@ -209,6 +209,6 @@ def lamb_step(
     """What one step adds to a leaf, and its new moments, stored as the old ones are; arguments as of `adam_step`."""
     _, new_mu, new_nu = moments(s, p, widen(g), formats.decode(mu), formats.decode(nu), decay)
     step = direction(s, p, None, new_mu, new_nu, decay)
-    rate = s.learning_rate * trust_ratio(trust, jnp.sum(p * p), jnp.sum(step * step))
+    rate = s.learning_rate * trust_ratio(trust, *(jnp.sqrt(jnp.sum(x * x)) for x in (p, step)))
     mu, nu = stored_moments(s, new_mu, new_nu, mu, nu, place)
     return -rate * direction(s, p, None, formats.decode(mu), formats.decode(nu), decay), mu, nu

@@ -13,8 +13,10 @@ from jaxlib.mlir.dialects import nvvm
 
 from pallas_kernels import mlir
 
-# Of two barriers in shared memory, taken in turns: a block that is ahead may already tell of the next row.
-BARRIER_BYTES = 16
+# Barriers in shared memory, and places for what is told, are taken in turns. A block that hears of a row only after it
+# has told of the next one may by then have been told of the three that follow: so there are four.
+PLACES = 4
+BARRIER_BYTES = PLACES * 8
 
 
 def prepare(barriers: ir.Value) -> None:
@@ -33,13 +35,14 @@ def prepare(barriers: ir.Value) -> None:
 class Meeting:
     """The i-th time, from 0, that all blocks of a cluster meet; `barriers` is where `prepare` made them.
 
-    A place that is told in one meeting may be told again two meetings later.
+    Attributes:
+      place: Which of `PLACES` it takes, an index.
     """
 
     def __init__(self, barriers: ir.Value, i: ir.Value):
-        odd = arith.andi(i, mlir.index(1))
-        self._barrier = mlir.at(barriers, mlir.times(odd, 8))
-        self._phase = mlir.to_int32(arith.andi(arith.shrui(i, mlir.index(1)), mlir.index(1)))
+        self.place = arith.remui(i, mlir.index(PLACES))
+        self._barrier = mlir.at(barriers, mlir.times(self.place, 8))
+        self._phase = mlir.to_int32(arith.andi(arith.divui(i, mlir.index(PLACES)), mlir.index(1)))
 
     def expect(self, size: int) -> None:
         """By all threads: of how many bytes this block is told, by itself too."""
@@ -68,6 +71,16 @@ class Meeting:
             self._barrier,
             self._phase,
         )
+
+
+def arrive(barrier: ir.Value, threads: int) -> None:
+    """By all threads of a warp: they do not wait for the others of so many that the numbered barrier counts."""
+    _asm(f"barrier.cta.arrive.aligned $0, {threads};", "r", barrier)
+
+
+def wait_for_all(barrier: ir.Value, threads: int) -> None:
+    """Likewise: they wait, and see what those who arrived have written."""
+    _asm(f"barrier.cta.sync.aligned $0, {threads};", "r", barrier)
 
 
 def _first_thread() -> ir.Value:

@@ -20,11 +20,15 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.dispatch import plgpu
+from pallas_kernels.meetings import PLACES
 from pallas_kernels.mlir import LANES, WARPS
 
 Array = jax.Array
 
 PROCESSORS = 132  # of an H200; a launch of more blocks than fit is right too, only slower
+# Of them, those that clusters of more than 2 blocks can fill at once: a cluster lies within one of the groups that a
+# chip's processors are made in, of which some lack a few. 120 were filled on an H200, 124 were not.
+CLUSTERED = 112
 SHARED_BYTES = 220 * 1024  # of the 227 KB a block may have, less what sums along rows need
 FLOAT_BYTES = 4
 
@@ -42,6 +46,8 @@ class Config:
       hold: Whether what belongs to columns (scale, bias) stays in registers, or is read again for each row.
       again: Whether a tile is read twice from shared memory, and so not kept in registers while sums are waited for.
       turns: Rows, one after the other, that those who share a row take in one tile: they tell each other once for all.
+      later: Whether a tile is finished only after its successor is begun: what the blocks of a cluster tell each other
+        is on its way meanwhile. Takes a stage more.
     """
 
     warps: int = 1
@@ -52,6 +58,12 @@ class Config:
     hold: bool = True
     again: bool = False
     turns: int = 1
+    later: bool = False
+
+    @property
+    def ahead(self) -> int:
+        """How many tiles are on their way to shared memory while one is worked on; below 0, it is not by that way."""
+        return self.stages - 2 if self.later and self.stages else self.stages - 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,13 +101,41 @@ class Grid:
         return LANES // self.side * self.vector
 
     @property
-    def part(self) -> int:
-        """Columns that a warp holds, rounded up."""
-        return math.ceil(self.columns / (self.config.warps * self.span)) * self.span
+    def stride(self) -> int:
+        """Columns from one of a thread's vectors to its next: warps of a block that share a row take turns along it."""
+        return self.span * self.warps
+
+    @property
+    def block_columns(self) -> int:
+        """Columns that a block has of a row; the last of a cluster may have fewer."""
+        return math.ceil(self.columns / self.vector / self.config.cluster) * self.vector
+
+    @property
+    def block_counts(self) -> list[int]:
+        """How many columns each block of a cluster has."""
+        starts = [b * self.block_columns for b in range(self.config.cluster)]
+        return [min(max(self.columns - start, 0), self.block_columns) for start in starts]
 
     @property
     def registers(self) -> int:
-        return self.part // self.span
+        """Vectors of a row that a thread holds, rounded up."""
+        return math.ceil(self.block_columns / self.stride)
+
+    @property
+    def full(self) -> int:
+        """How many of them every thread has."""
+        return min(self.block_counts) // self.stride
+
+    @property
+    def part(self) -> int:
+        """Columns that a warp holds, rounded up."""
+        return self.registers * self.span
+
+    @property
+    def warp_counts(self) -> list[int]:
+        """How many columns each warp has of a row that one block has to itself."""
+        starts = [[j * self.stride + w * self.span for j in range(self.registers)] for w in range(self.warps)]
+        return [sum(min(max(self.columns - start, 0), self.span) for start in of_warp) for of_warp in starts]
 
     @property
     def block(self) -> tuple[int, int]:
@@ -132,8 +172,7 @@ class Grid:
     @property
     def blocks(self) -> int:
         """Blocks of the launch, or clusters of them."""
-        # A cluster lies within 16 or 18 processors that are neighbours: of more than 2 blocks, 128 of the 132 have one.
-        processors = PROCESSORS if self.config.cluster <= 2 else PROCESSORS // 16 * 16
+        processors = PROCESSORS if self.config.cluster <= 2 else CLUSTERED
         return min(self.tiles, max(1, self.config.blocks * processors // self.config.cluster))
 
     def tile(self, block: Array, i: Array, *, last_first: bool) -> Array:
@@ -151,14 +190,10 @@ class Grid:
         """Of a block, that share a row."""
         return self.config.warps // self.config.cluster
 
-    def counts(self, size: int, number: int) -> list[int]:
-        """How many columns of a row each of so many parts of this size has."""
-        return [min(max(self.columns - i * size, 0), size) for i in range(number)]
-
     @property
     def slots(self) -> int:
         """float32 in shared memory that an exchange of one value needs."""
-        return 2 * (self.teams * self.warps + self.config.cluster)
+        return 2 * self.teams * self.warps + PLACES * self.config.cluster
 
     @property
     def vector_bytes(self) -> int:
@@ -198,6 +233,30 @@ class Grid:
         return self.layout.reduce(1)
 
 
+Begin = Callable[[Array, Any], tuple[Any, Any]]
+Finish = Callable[[Array, Any, Any], Any]
+
+
+def in_order(config: Config, count: Array, begin: Begin, finish: Finish, ahead: Any, carry: Any) -> Any:
+    """`over_tiles` of a walk whose block has so many tiles."""
+
+    def step(i: Array, carried: Any) -> Any:
+        ahead, carry = carried
+        ahead, begun = begin(i, ahead)
+        return ahead, finish(i, begun, carry)
+
+    def later(i: Array, carried: Any) -> Any:
+        ahead, before, carry = carried
+        ahead, begun = begin(i, ahead)
+        return ahead, begun, finish(i - 1, before, carry)
+
+    if not config.later:
+        return lax.fori_loop(0, count, step, (ahead, carry))[1]
+    first = begin(jnp.int32(0), ahead)
+    _, last, carry = lax.fori_loop(1, count, later, (*first, carry))
+    return finish(count - 1, last, carry)
+
+
 class SimulatedWalk:
     """`walk.Walk` for the interpreter, which knows neither registers nor what warpgroups share: rows that are padded.
 
@@ -208,9 +267,9 @@ class SimulatedWalk:
         self.grid, self.last_first, self.sources = grid, last_first, sources
         self.block = lax.axis_index("block")
 
-    def over_tiles(self, tile: Callable[[Array, Any], Any], carry: Any) -> Any:
+    def over_tiles(self, begin: Begin, finish: Finish, ahead: Any, carry: Any) -> Any:
         count = (self.grid.tiles - self.block + self.grid.blocks - 1) // self.grid.blocks
-        return lax.fori_loop(0, count, tile, carry)
+        return in_order(self.grid.config, count, begin, finish, ahead, carry)
 
     def _rows(self, i: Array, turn: int) -> Any:
         grid = self.grid
@@ -223,26 +282,38 @@ class SimulatedWalk:
     def zeros(self) -> Array:
         return jnp.zeros(self.grid.block)
 
+    def _dealt(self, rows: Array) -> Array:
+        """[rows, columns] as the warps have it."""
+        if not self.grid.shared:
+            return rows
+        return rows.reshape(self.grid.registers, WARPS, self.grid.span).swapaxes(0, 1).reshape(self.grid.block)
+
+    def _gathered(self, block: Array) -> Array:
+        if not self.grid.shared:
+            return block
+        return block.reshape(WARPS, self.grid.registers, self.grid.span).swapaxes(0, 1).reshape(1, -1)
+
     def tile(self, i: Array, turn: int) -> list[Array]:
-        return [ref[self._rows(i, turn)].reshape(self.grid.block).astype(jnp.float32) for ref in self.sources]
+        return [self._dealt(ref[self._rows(i, turn)]).astype(jnp.float32) for ref in self.sources]
 
     def store(self, ref: Any, i: Array, turn: int, value: Array) -> None:
-        ref[self._rows(i, turn)] = value.astype(ref.dtype).reshape(ref[self._rows(i, turn)].shape)
+        ref[self._rows(i, turn)] = self._gathered(value.astype(ref.dtype))
 
     def columns(self, ref: Any) -> Array:
-        return jnp.broadcast_to(ref[...].astype(jnp.float32).reshape(self.grid.warps, -1), self.grid.block)
+        return jnp.broadcast_to(self._dealt(ref[...].astype(jnp.float32)[None]), self.grid.block)
+
+    def _there(self) -> Array:
+        return self._dealt(jnp.arange(self.grid.part * self.grid.warps)[None]) < self.grid.columns
 
     def kept(self, value: Array) -> Array:
-        width = self.grid.part * self.grid.warps
-        return jnp.where((jnp.arange(width) < self.grid.columns).reshape(-1, self.grid.part), value, 0.0)
+        return jnp.where(self._there(), value, 0.0)
 
     def counts(self) -> list[int]:
-        return self.grid.counts(self.grid.part, self.grid.warps)
+        return self.grid.warp_counts
 
     def share(self) -> Array:
-        parts = jnp.arange(self.grid.block[0]) if self.grid.shared else jnp.zeros(self.grid.block[0], int)
-        counts = jnp.clip(self.grid.columns - parts * self.grid.part, 1, self.grid.part)
-        return 1 / counts.astype(jnp.float32)
+        counts = jnp.broadcast_to(jnp.sum(self._there(), axis=1), self.grid.block[:1])
+        return 1 / jnp.maximum(counts, 1).astype(jnp.float32)
 
     def load_numbers(self, refs: Sequence[Any], i: Array, turn: int) -> list[Array]:
         return [jnp.broadcast_to(ref[self._rows(i, turn)], self.grid.block[:1]) for ref in refs]
@@ -260,7 +331,7 @@ class SimulatedWalk:
 
     def store_sums(self, refs: Sequence[Any], values: Sequence[Array]) -> None:
         for ref, value in zip(refs, values, strict=True):
-            ref[self.block] = value.reshape(-1) if self.grid.shared else jnp.sum(value, 0)
+            ref[self.block] = jnp.sum(self._gathered(value), 0)
 
 
 def varying_like(x: Array, a: Array) -> Array:

@@ -61,6 +61,5 @@ def squares_choice(xs: Sequence[Any], *, implementation: str | None = None) -> d
     return dispatch.choose("squares", implementation, xs, empty=empty, unserved=unserved(xs))
 
 
-def _square(_: leaves.Here, x: jax.Array) -> list[jax.Array]:
-    wide = widen(x)
-    return [wide * wide]
+def _square(here: leaves.Here, x: jax.Array) -> list[jax.Array]:
+    return [here.exact.square(widen(x))]

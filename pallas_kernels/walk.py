@@ -21,7 +21,7 @@ from jaxlib.mlir.dialects import nvvm as _nvvm
 from pallas_kernels import dispatch, meetings, mlir
 from pallas_kernels.dispatch import plgpu
 from pallas_kernels.mlir import LANES, WARPS
-from pallas_kernels.rows import FLOAT_BYTES, Config, Grid, SimulatedWalk, varying_like
+from pallas_kernels.rows import FLOAT_BYTES, Begin, Config, Finish, Grid, SimulatedWalk, in_order, varying_like
 
 Array = jax.Array
 nvvm: Any = _nvvm
@@ -30,12 +30,26 @@ _REF, _SCALAR = plgpu.RefType(), plgpu.Layout.WG_SPLAT
 
 @dataclasses.dataclass(frozen=True)
 class _Place:
-    """Where this thread's elements lie: their row, the first one's column, and which of its vectors are there."""
+    """Where this thread's elements lie.
+
+    Attributes:
+      row: Of all of them.
+      column: Of the first one.
+      lane: Among those that have the row.
+      part: This warp's number among those of a cluster that share the row,
+      warp: And among those of its block.
+      begin: The first column of its block,
+      end: And the one after the last.
+      kept: Which of its vectors are there; None of those that are there for certain.
+    """
 
     row: ir.Value
     column: ir.Value
     lane: ir.Value
     part: ir.Value
+    warp: ir.Value
+    begin: ir.Value
+    end: ir.Value
     kept: list[ir.Value | None]
 
 
@@ -58,20 +72,32 @@ class Walk:
             self.first += lax.axis_index("cluster") * (grid.group * WARPS)
             self._open()
 
-    def over_tiles(self, tile: Callable[[Array, Any], Any], carry: Any) -> Any:
-        """Calls tile(i, carry) -> carry for every tile of this block."""
-        grid, ahead = self.grid, self.grid.config.stages - 1
-        for i in range(ahead):
+    def over_tiles(self, begin: Begin, finish: Finish, ahead: Any, carry: Any) -> Any:
+        """Works on every tile of this block, in two steps.
+
+        Args:
+          begin: begin(i, ahead) -> (ahead, begun): the i-th tile's first step; gives the next tile's `ahead`.
+          finish: finish(i, begun, carry) -> carry: its second step.
+          ahead: Of the first tile.
+          carry: Before the first tile.
+
+        Returns:
+          The last carry.
+        """
+        grid, config = self.grid, self.grid.config
+        for i in range(config.ahead):
             self._fetch(jnp.int32(i))
 
-        def step(i: Array, carry: Any) -> Any:
-            if ahead >= 0:
-                self._fetch(i + ahead)
-            return tile(i, carry)
+        def fetch_and_begin(i: Array, ahead: Any) -> tuple[Any, Any]:
+            if config.stages:
+                self._fetch(i + config.ahead)
+            return begin(i, ahead)
 
         if grid.blocks == grid.tiles:
-            return step(jnp.int32(0), carry)
-        return lax.fori_loop(0, (grid.tiles - self.block + grid.blocks - 1) // grid.blocks, step, carry)
+            _, begun = fetch_and_begin(jnp.int32(0), ahead)
+            return finish(jnp.int32(0), begun, carry)
+        count = (grid.tiles - self.block + grid.blocks - 1) // grid.blocks
+        return in_order(config, count, fetch_and_begin, finish, ahead, carry)
 
     def _open(self) -> None:
         @plgpu.inline_mgpu(arg_types=(_REF,))
@@ -109,7 +135,7 @@ class Walk:
                         there: Any = mlir.every(mlir.less(place.row, grid.rows), kept)
                         nvvm.cp_async_shared_global(
                             mlir.at(slot, self._stored(s, j)),
-                            mlir.at(begin, j * grid.span * grid.itemsize),
+                            mlir.at(begin, j * grid.stride * grid.itemsize),
                             grid.vector_bytes,
                             modifier,
                             cp_size=arith.select(there, mlir.int32(grid.vector_bytes), mlir.int32(0)),
@@ -142,7 +168,7 @@ class Walk:
             *sources, ring, row, first, i = args
             place = _place(grid, row, first)
             if grid.config.stages:
-                nvvm.cp_async_wait_group(grid.config.stages - 1)
+                nvvm.cp_async_wait_group(grid.config.ahead)
                 slot = self._slot(ring, i, turn)
             results = []
             for s, source in enumerate(sources):
@@ -154,7 +180,7 @@ class Walk:
                         registers.flat[j] = mlir.load(kind, mlir.at(slot, self._stored(s, j)))
                     else:
                         there = mlir.every(mlir.less(place.row, grid.rows), kept)
-                        read = functools.partial(mlir.load, kind, mlir.at(begin, j * grid.span * grid.itemsize))
+                        read = functools.partial(mlir.load, kind, mlir.at(begin, j * grid.stride * grid.itemsize))
                         registers.flat[j] = mlir.when(there, read, mlir.zeros(kind))
                 results.append(mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None))
             return tuple(results)
@@ -171,7 +197,7 @@ class Walk:
             begin = mlir.at(mlir.address(ref, mlir.GLOBAL), _offset(grid, place, grid.itemsize))
             row_there = None if grid.rows % grid.tile_rows == 0 else mlir.less(place.row, grid.rows)
             for j, (kept, register) in enumerate(zip(place.kept, value.registers.flat, strict=True)):
-                mlir.store_where(mlir.every(row_there, kept), register, mlir.at(begin, j * grid.span * grid.itemsize))
+                mlir.store_where(mlir.every(row_there, kept), register, mlir.at(begin, j * grid.stride * grid.itemsize))
 
         run(ref, value.astype(ref.dtype), self.row(i, turn), self.first)
 
@@ -191,7 +217,7 @@ class Walk:
             begin = mlir.at(mlir.address(ref, mlir.GLOBAL), mlir.times(place.column, width))
             registers = np.empty(layout.registers_shape(grid.block), dtype=object)
             for j, kept in enumerate(place.kept):
-                read = functools.partial(mlir.load, kind, mlir.at(begin, j * grid.span * width))
+                read = functools.partial(mlir.load, kind, mlir.at(begin, j * grid.stride * width))
                 registers.flat[j] = mlir.when(kept, read, mlir.zeros(kind))
             return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
 
@@ -221,16 +247,19 @@ class Walk:
     def counts(self) -> list[Any]:
         """How many columns of its row each warp of this block has: numbers, or arrays of one a row."""
         grid = self.grid
-        if grid.whole or grid.config.cluster == 1:
-            return grid.counts(grid.part, grid.warps)
+        if grid.config.cluster == 1:
+            return grid.warp_counts
+        if grid.whole:
+            return [grid.part] * grid.warps
         kind = plgpu.ShapeDtypeStruct((grid.block[0],), jnp.float32, layout=grid.numbers)
 
         @plgpu.inline_mgpu(arg_types=(_SCALAR,), return_type=tuple(kind for _ in range(grid.warps)))
         def run(_: Any, first: Any) -> tuple[Any, ...]:
-            begin = mlir.times(mlir.to_index(first), grid.part)
-            return tuple(self._number(_count(grid, mlir.plus(begin, p * grid.part))) for p in range(grid.warps))
+            place = _place(grid, None, first)
+            begins = [mlir.plus(place.begin, w * grid.span) for w in range(grid.warps)]
+            return tuple(self._number(_count(grid, begin, place.end)) for begin in begins)
 
-        return list(run(self.first - (self.first % grid.warps)))
+        return list(run(self.first))
 
     def share(self) -> Array | float:
         """1 / the columns that a warp has of its row, or 1 where it has none."""
@@ -243,8 +272,9 @@ class Walk:
             return_type=plgpu.ShapeDtypeStruct((grid.block[0],), jnp.float32, layout=grid.numbers),
         )
         def run(_: Any, first: Any) -> Any:
-            part = _place(grid, None, first).part
-            return self._number(_count(grid, mlir.times(part, grid.part)))
+            place = _place(grid, None, first)
+            begin = arith.addi(place.begin, mlir.times(place.warp, grid.span))
+            return self._number(_count(grid, begin, place.end))
 
         return 1 / jnp.maximum(run(self.first), 1.0)
 
@@ -320,9 +350,8 @@ class Walk:
         def run(ref: ir.Value, i: ir.Value, team: ir.Value, place: _Place, values: Sequence[Any]) -> list[Any]:
             base = mlir.times(arith.addi(mlir.times(_odd(i), grid.teams), team), slots)
             begin = mlir.at(mlir.address(ref, mlir.SHARED), base)
-            warp = arith.remui(place.part, mlir.index(grid.warps))
             for k, value in enumerate(values):  # all lanes the same number; the memory takes it once
-                here = mlir.times(mlir.plus(warp, k * grid.warps), FLOAT_BYTES)
+                here = mlir.times(mlir.plus(place.warp, k * grid.warps), FLOAT_BYTES)
                 mlir.store(value.registers.item(), mlir.at(begin, here))
             if grid.teams == 1:
                 gpu.barrier()
@@ -332,47 +361,108 @@ class Walk:
                 nvvm.barrier(barrier_id=barrier, number_of_threads=mlir.int32(grid.group * WARPS * LANES))
             return self._heard(begin, len(values) * grid.warps)
 
-        return self._exchange(run, grid.warps, i, values)
+        heard = self._exchange(run, len(values) * grid.warps, i, values)
+        return [heard[k * grid.warps : (k + 1) * grid.warps] for k in range(len(values))]
 
-    def exchange_blocks(self, i: Array, *values: Array) -> list[list[Array]]:
-        """For each value, which every block of a cluster has one of: those of all of them, in order."""
-        grid, cluster = self.grid, self.grid.config.cluster
-        slots = len(values) * cluster * FLOAT_BYTES
-        after = 2 * grid.teams * len(values) * grid.warps * FLOAT_BYTES
+    def tell_blocks(self, i: Array, *values: Array) -> None:
+        """Sends numbers, which every warp has, to all blocks of the cluster, for `hear_blocks`; waits for nobody."""
+
+        def run(ref: ir.Value, i: ir.Value, _: ir.Value, place: _Place, values: Sequence[Any]) -> list[Any]:
+            numbers = [vector.extract(value.registers.item(), [], [0]) for value in values]
+            self._tell(ref, i, place, len(values), lambda: numbers)
+            return []
+
+        self._exchange(run, 0, i, values)
+
+    def tell_sums(self, i: Array, *values: Array) -> None:
+        """Sends the sums over this block's warps of numbers that each has one of; only the first warp waits."""
+        grid = self.grid
 
         def run(ref: ir.Value, i: ir.Value, _: ir.Value, place: _Place, values: Sequence[Any]) -> list[Any]:
             shared = mlir.address(ref, mlir.SHARED)
-            begin = mlir.at(shared, mlir.plus(mlir.times(_odd(i), slots), after))
-            meeting = meetings.Meeting(mlir.at(shared, _barriers(ref)), i)
-            block = arith.divui(place.part, mlir.index(grid.warps))
-            warp, lane = mlir.thread()
+            begin = mlir.at(shared, mlir.times(_odd(i), len(values) * grid.warps * FLOAT_BYTES))
+            here = mlir.at(begin, mlir.times(place.warp, FLOAT_BYTES))
+            for k, value in enumerate(values):
+                mlir.store(value.registers.item(), mlir.at(here, k * grid.warps * FLOAT_BYTES))
+            # Two barriers in turns: warps that do not wait may be here again before the first has waited. They are not
+            # here for the third time before it has told, which they hear of in between.
+            barrier = arith.addi(mlir.to_int32(_odd(i)), mlir.int32(8))
+            _, lane = mlir.thread()
 
-            def tell() -> None:  # a lane for each block that is to hear it
+            def totals() -> list[ir.Value]:
+                meetings.wait_for_all(barrier, grid.warps * LANES)
+                mine = mlir.at(begin, mlir.times(arith.remui(lane, mlir.index(grid.warps)), FLOAT_BYTES))
+                one = mlir.floats(1)
+                found = [mlir.load(one, mlir.at(mine, k * grid.warps * FLOAT_BYTES)) for k in range(len(values))]
+                return [_over_lanes(vector.extract(x, [], [0]), grid.warps) for x in found]
+
+            self._tell(ref, i, place, len(values), totals, lambda: meetings.arrive(barrier, grid.warps * LANES))
+            return []
+
+        self._exchange(run, 0, i, values)
+
+    def _tell(
+        self,
+        slots: ir.Value,
+        i: ir.Value,
+        place: _Place,
+        many: int,
+        numbers: Callable[[], Sequence[ir.Value]],
+        others: Callable[[], None] | None = None,
+    ) -> None:
+        """The first warp tells all blocks of the cluster so many numbers; the others do something else."""
+        cluster = self.grid.config.cluster
+        meeting, begin = self._meeting(slots, i, many)
+        meeting.expect(many * cluster * FLOAT_BYTES)
+        block = arith.divui(place.part, mlir.index(self.grid.warps))
+        warp, lane = mlir.thread()
+
+        def tell() -> None:
+            values = numbers()
+
+            def send() -> None:  # a lane for each block that is to hear it
                 for k, value in enumerate(values):
                     here = mlir.at(begin, mlir.times(mlir.plus(block, k * cluster), FLOAT_BYTES))
-                    meeting.tell(vector.extract(value.registers.item(), [], [0]), here, lane)
+                    meeting.tell(value, here, lane)
 
-            meeting.expect(slots)
-            mlir.when(mlir.every(mlir.equal(warp, 0), mlir.less(lane, cluster)), tell)
+            mlir.when(mlir.less(lane, cluster), send)
+
+        mlir.branch(mlir.equal(warp, 0), tell, others)
+
+    def hear_blocks(self, i: Array, many: int) -> list[list[Array]]:
+        """Of each of so many values that were told of the i-th tile: those of all blocks of the cluster, in order."""
+        cluster = self.grid.config.cluster
+
+        def run(ref: ir.Value, i: ir.Value, *_: Any) -> list[Any]:
+            meeting, begin = self._meeting(ref, i, many)
             meeting.wait()
-            return self._heard(begin, len(values) * cluster)
+            return self._heard(begin, many * cluster)
 
-        return self._exchange(run, cluster, i, values)
+        heard = self._exchange(run, many * cluster, i, [])
+        return [heard[k * cluster : (k + 1) * cluster] for k in range(many)]
 
-    def _exchange(self, run: Callable[..., Any], parts: int, i: Array, values: Sequence[Array]) -> list[list[Array]]:
+    def _meeting(self, slots: ir.Value, i: ir.Value, many: int) -> tuple[meetings.Meeting, ir.Value]:
+        """Of the i-th tile, and where so many values of each block of the cluster are told in it."""
+        grid, shared = self.grid, mlir.address(slots, mlir.SHARED)
+        meeting = meetings.Meeting(mlir.at(shared, _barriers(slots)), i)
+        after = 2 * grid.teams * many * grid.warps * FLOAT_BYTES
+        place = mlir.times(meeting.place, many * grid.config.cluster * FLOAT_BYTES)
+        return meeting, mlir.at(shared, mlir.plus(place, after))
+
+    def _exchange(self, run: Callable[..., Any], results: int, i: Array, values: Sequence[Array]) -> list[Array]:
         grid = self.grid
         kind = plgpu.ShapeDtypeStruct((grid.block[0],), jnp.float32, layout=grid.numbers)
 
         @plgpu.inline_mgpu(
             arg_types=(_REF, *[grid.numbers] * len(values), *[_SCALAR] * 3),
-            return_type=tuple(kind for _ in range(len(values) * parts)),
+            return_type=tuple(kind for _ in range(results)) or None,
         )
-        def inline(_: Any, slots: ir.Value, *args: Any) -> tuple[Any, ...]:
+        def inline(_: Any, slots: ir.Value, *args: Any) -> Any:
             *values, first, team, i = args
-            return tuple(run(slots, mlir.to_index(i), mlir.to_index(team), _place(grid, None, first), values))
+            results = run(slots, mlir.to_index(i), mlir.to_index(team), _place(grid, None, first), values)
+            return tuple(results) or None
 
-        heard = inline(self.slots, *values, self.first, self.team, i)
-        return [list(heard[k * parts : (k + 1) * parts]) for k in range(len(values))]
+        return list(inline(self.slots, *values, self.first, self.team, i) or ())
 
     def _heard(self, begin: ir.Value, many: int) -> list[Any]:
         width = math.gcd(4, many)
@@ -428,8 +518,15 @@ class Walk:
 
     def _store_columns(self, begin: ir.Value, value: Any, kept: Sequence[ir.Value | None]) -> None:
         for j, (there, register) in enumerate(zip(kept, value.registers.flat, strict=True)):
-            here = mlir.at(begin, j * self.grid.span * FLOAT_BYTES)
+            here = mlir.at(begin, j * self.grid.stride * FLOAT_BYTES)
             mlir.when(there, functools.partial(mlir.store, register, here))
+
+
+def _over_lanes(x: ir.Value, lanes: int) -> ir.Value:
+    """The sum over so many lanes, a power of two, which all of them have; in an order that is always the same."""
+    for k in range(lanes.bit_length() - 1):
+        x = arith.addf(x, mgpu.utils.shfl_bfly(x, 1 << k))
+    return x
 
 
 def _odd(i: ir.Value) -> ir.Value:
@@ -451,19 +548,20 @@ def _place(grid: Grid, row: Any, first: Any, turn: int = 0) -> _Place:
     if grid.side > 1:
         row = arith.addi(row, arith.divui(lane, mlir.index(lanes)))
         lane = arith.remui(lane, mlir.index(lanes))
-    column = mlir.times(lane, grid.vector)
+    among, block = part, mlir.index(0)
+    if grid.config.cluster > 1:
+        among, block = arith.remui(part, mlir.index(grid.warps)), arith.divui(part, mlir.index(grid.warps))
+    begin = mlir.times(block, grid.block_columns)
+    end = arith.minsi(mlir.plus(begin, grid.block_columns), mlir.index(grid.columns))
+    column = arith.addi(begin, mlir.times(lane, grid.vector))
     if grid.shared:
-        column = arith.addi(column, mlir.times(part, grid.part))
+        column = arith.addi(column, mlir.times(among, grid.span))
     else:
         row = arith.addi(row, mlir.times(warp, grid.side))
-    starts = [mlir.plus(column, j * grid.span) for j in range(grid.registers)]
-    # What no warp lacks needs no question.
-    sure = [not grid.shared and (j + 1) * grid.span <= grid.columns for j in range(grid.registers)]
-    kept = [
-        None if grid.whole or certain else mlir.less(start, grid.columns)
-        for start, certain in zip(starts, sure, strict=True)
-    ]
-    return _Place(row, column, lane, part, kept)
+    starts = [mlir.plus(column, j * grid.stride) for j in range(grid.registers)]
+    # What no thread lacks needs no question.
+    kept = [None if j < grid.full else mlir.less(start, end) for j, start in enumerate(starts)]
+    return _Place(row, column, lane, part, among, begin, end, kept)
 
 
 def _offset(grid: Grid, place: _Place, width: int) -> ir.Value:
@@ -471,11 +569,14 @@ def _offset(grid: Grid, place: _Place, width: int) -> ir.Value:
     return mlir.times(arith.addi(mlir.times(place.row, grid.columns), place.column), width)
 
 
-def _count(grid: Grid, begin: ir.Value) -> ir.Value:
-    """float32: how many columns a part has that begins at this one."""
-    left = arith.subi(mlir.index(grid.columns), begin)
-    left = arith.minsi(arith.maxsi(left, mlir.index(0)), mlir.index(grid.part))
-    return arith.uitofp(ir.F32Type.get(), mlir.to_int32(left))
+def _count(grid: Grid, begin: ir.Value, end: ir.Value) -> ir.Value:
+    """float32: how many columns a warp has whose first one is at `begin`, of a block whose columns end at `end`."""
+    total = mlir.index(grid.full * grid.span)
+    for j in range(grid.full, grid.registers):
+        left = arith.subi(end, mlir.plus(begin, j * grid.stride))
+        left = arith.minsi(arith.maxsi(left, mlir.index(0)), mlir.index(grid.span))
+        total = arith.addi(total, left)
+    return arith.uitofp(ir.F32Type.get(), mlir.to_int32(total))
 
 
 def launch(

@@ -112,10 +112,11 @@ def test_kernels_are_right(shape, dtype):
 
 
 @kernels
-@pytest.mark.parametrize(("warps", "turns"), [(1, 1), (1, 2), (4, 3)])
-def test_more_tiles_than_blocks_and_stages(monkeypatch, warps, turns):
+@pytest.mark.parametrize(("warps", "turns", "later"), [(1, 1, False), (1, 2, True), (4, 3, False), (4, 1, True)])
+@pytest.mark.parametrize("again", [False, True])
+def test_more_tiles_than_blocks_and_stages(monkeypatch, warps, turns, later, again):
     monkeypatch.setattr(rows, "PROCESSORS", 2)
-    config = rows.Config(warps=warps, stages=2, hold=False, again=True, turns=turns)
+    config = rows.Config(warps=warps, stages=3, hold=False, again=again, turns=turns, later=later)
     monkeypatch.setattr(ln, "config_for", lambda *_: config)
     check_all(arrays((39, 128)), "float32", implementation="interpret")
 
@@ -270,7 +271,27 @@ def test_every_length_has_a_launch_that_fits(itemsize, streams):
                 assert max(grid.ring_bytes(streams), 2 * grid.sums_bytes) <= rows.SHARED_BYTES
                 assert grid.teams >= 1 and grid.part * config.warps >= n and config.cluster <= 16
                 # The number of rows is not to change the order of a sum.
-                assert config.warps == ln.config_for(kind, 1, n, itemsize, streams).warps
+                one = ln.config_for(kind, 1, n, itemsize, streams)
+                assert (config.warps, config.cluster) == (one.warps, one.cluster)
+
+
+@pytest.mark.parametrize(
+    ("columns", "warps", "cluster"),
+    [(1001, 4, 1), (4096, 8, 1), (257, 1, 1), (8200, 16, 2), (14432, 32, 2), (9, 64, 16)],
+)
+def test_every_column_is_in_one_place(columns, warps, cluster):
+    grid = rows.Grid(1, columns, 2, rows.Config(warps=warps, warpgroups=max(1, warps // 4 // cluster), cluster=cluster))
+    lanes = np.arange(0, grid.span)
+    starts = np.arange(grid.registers)[:, None] * grid.stride + np.arange(grid.warps) * grid.span
+    found = []
+    for block, count in enumerate(grid.block_counts):
+        here = (starts[..., None] + lanes).swapaxes(0, 1).reshape(grid.warps, -1)
+        assert (here[:, : grid.full * grid.span] < count).all()
+        found += [column + block * grid.block_columns for column in here.ravel() if column < count]
+        if cluster == 1:
+            assert grid.warp_counts == [(warp < count).sum() for warp in here]
+    assert sorted(found) == list(range(columns))
+    assert grid.whole == (grid.registers * grid.stride * cluster == columns)
 
 
 @pytest.mark.parametrize("implementation", [None, *dispatch.IMPLEMENTATIONS])
