@@ -61,6 +61,11 @@ _FORWARD: dict[int, list[tuple[int, int, Config]]] = {
         (1024, 0, Config(stages=2, blocks=3)),
         (1024, 6144, Config(stages=2, blocks=12)),
         (1024, 24576, dataclasses.replace(_DIRECT, warpgroups=4)),
+        (4096, 0, dataclasses.replace(_DIRECT, warps=4)),
+        (4096, 6144, Config(warps=4, stages=2, blocks=48)),
+        (4096, 16384, dataclasses.replace(_DIRECT, warps=4)),
+        (8192, 0, dataclasses.replace(_DIRECT, warps=4)),
+        (8192, 12288, Config(warps=4, stages=2, blocks=124)),
         (16384, 0, dataclasses.replace(_DIRECT, warps=4)),
     ],
 }
