@@ -45,7 +45,8 @@ def build(case: str, args: argparse.Namespace) -> tuple[Any, Any, Any, Any]:
     full = gpt.make_init(model)
     init = lambda key: jax.tree.map(lambda x: x.astype(jnp.bfloat16), full(key))
     mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    offload = None if what == "none" else zerojax.Offload(bucket_bytes=int(float(bucket or 32) * 2**20))
+    size = int(float(bucket or 32) * 2**20)
+    offload = None if what == "none" else zerojax.Offload(bucket_bytes=size, params=args.params)
     plan = zerojax.make_plan(jax.eval_shape(init, jax.random.key(0)), mesh, stage=args.stage, offload=offload)
     dtype = None if what in ("none", "float32") else what
     adamw = zerojax.fused_adamw(1e-4, weight_decay=0.01, mu_dtype=dtype, nu_dtype=dtype)
@@ -137,6 +138,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--remat", action="store_true")
     parser.add_argument("--unrolled", action="store_true", help="layers side by side, not in a scan")
+    parser.add_argument("--params", action="store_true", help="params in host memory, too; at stage 3")
     parser.add_argument("--no-walk", dest="walk", action="store_false", help="not the update alone, which takes a copy")
     parser.add_argument("--case")
     parser.add_argument("--cases", nargs="*", default=CASES)
@@ -147,7 +149,7 @@ def main() -> None:
         return
     options = [f"--{k}={getattr(args, k)}" for k in ("size", "stage", "rows", "tokens", "steps")]
     options += ["--remat"] * args.remat + ["--unrolled"] * args.unrolled
-    options += ["--no-walk"] * (not args.walk)
+    options += ["--params"] * args.params + ["--no-walk"] * (not args.walk)
     results = []
     for case in args.cases:
         command = [sys.executable, __file__, *options, f"--case={case}"]
@@ -158,7 +160,8 @@ def main() -> None:
         results.append(json.loads(done.stdout.splitlines()[-1]))
         print({k: v for k, v in results[-1].items() if k not in ("device", "jax")}, flush=True)
     args.out.mkdir(parents=True, exist_ok=True)
-    name = f"offload-{args.size}-{results[0]['device'].replace(' x ', 'x').replace(' ', '-')}".lower()
+    what = f"{args.size}-params" if args.params else args.size
+    name = f"offload-{what}-{results[0]['device'].replace(' x ', 'x').replace(' ', '-')}".lower()
     shown = f"python benchmarks/offload.py {' '.join([*options, '--cases', *args.cases])}"
     page = {"command": shown, "date": str(datetime.date.today()), "cases": results}
     (args.out / f"{name}.json").write_text(json.dumps(page, indent=1))

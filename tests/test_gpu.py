@@ -15,6 +15,7 @@ import numpy as np
 import optax
 import pytest
 import test_offload
+import test_offload_params
 from test_layer_norm import BACKWARD, FORWARD, ROUNDING, exact
 from test_softmax import f64, lower, oracle, oracle_gradient
 
@@ -430,3 +431,14 @@ def test_twenty_steps_with_state_in_host_memory(name, stage):
     on_device, resident, wanted = run(None)
     assert losses == wanted
     test_offload.assert_same(test_offload.arrays(tx, state), test_offload.arrays(on_device, resident))
+
+
+def test_params_in_host_memory():
+    results = []
+    for offload in (None, test_offload_params.ON_HOST):
+        plan = test_offload_params.plan_of(1, offload)
+        tx, state, losses = test_offload_params.train(test_offload.OPTIMIZERS["split"](), plan, steps=20, accumulate=2)
+        results.append((losses, test_offload.arrays(tx, state)))
+    assert set(test_offload_params.kinds(state.params)) == {"pinned_host", "device"}
+    assert results[0][0] == results[1][0]
+    test_offload.assert_same(results[0][1], results[1][1])

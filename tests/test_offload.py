@@ -357,7 +357,7 @@ def test_grids_cut_what_is_whole_into_equal_parts(shape, cuts, count):
         (lambda: zerojax.Offload(fraction=0.5, hbm_budget_bytes=1), ValueError, "not both"),
         (lambda: zerojax.Offload(pattern="("), ValueError, "no regular expression"),
         (lambda: zerojax.Offload(bucket_bytes=0), ValueError, "at least 1, got 0"),
-        (lambda: zerojax.Offload(params=True), NotImplementedError, "not served yet"),
+        (lambda: zerojax.Offload(params=True), ValueError, "wants stage 3, got stage 1"),
         (
             lambda: zerojax.Offload(pattern="nothing"),
             ValueError,

@@ -187,7 +187,7 @@ _ZERO = _within(
         _rows(
             HONOURED,
             "device",
-            "`zero.offload.params`, at stage 3, which raises while it is not served; nvme is refused",
+            "`zero.offload.params`: in host memory what is sharded at stage 3; nvme is refused",
         ),
         _rows(NOTED, "pin_memory", _PINNED),
         _rows(NOTED, "buffer_count buffer_size max_in_cpu", _BUCKETS),

@@ -24,7 +24,7 @@ PyTree = Any
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["value"],
+    data_fields=["value", "source"],
     meta_fields=["name", "tail", "axes", "wire_dtype", "combine"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -32,13 +32,14 @@ class Shard:
     """One device's shard of a param, inside a loss function; `gather` makes it whole.
 
     Attributes:
-      value: The shard.
+      value: The shard; where `source` is given only what a gradient is taken by.
       name: Path of the param, for messages.
       tail: Shape of the shard from the dim that is cut to its last. It survives the slicing of leading dims by a scan,
         and so says where that dim is.
       axes: The mesh axes that it is cut over.
       wire_dtype: Dtype in which its gradient is reduced; None for the param's own.
       combine: Whether shards that `gather` gets together travel in one collective. XLA does so by itself on a GPU.
+      source: The shard in host memory, where params are there. It has no gradient: that would be in host memory, too.
     """
 
     value: jax.Array
@@ -47,6 +48,7 @@ class Shard:
     axes: tuple[str, ...]
     wire_dtype: Any = None
     combine: bool = False
+    source: jax.Array | None = None
 
     @property
     def dim(self) -> int:
@@ -105,7 +107,7 @@ def gather(tree: PyTree, *, dtype: Any = None) -> PyTree:
             together.setdefault((how, None if x.combine else i), []).append(i)
     for (how, _), members in together.items():
         shards = [leaves[i] for i in members]
-        whole = _gather([x.value for x in shards], tuple(x.dim for x in shards), *how)
+        whole = _gather([x.value for x in shards], [x.source for x in shards], tuple(x.dim for x in shards), *how)
         for i, x in zip(members, whole, strict=True):
             leaves[i] = x
     return jax.tree.unflatten(treedef, leaves)
@@ -134,15 +136,24 @@ def keep_expensive(prim: Any, *_: Any, **params: Any) -> bool:
     return not gathers(prim.name, params) and prim.name not in _CHEAP
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
 def _gather(
-    shards: list[jax.Array], dims: tuple[int, ...], axes: tuple[str, ...], dtype: Any, wire_dtype: Any
+    shards: list[jax.Array],
+    sources: list[jax.Array | None],
+    dims: tuple[int, ...],
+    axes: tuple[str, ...],
+    dtype: Any,
+    wire_dtype: Any,
 ) -> list[jax.Array]:
-    return _all_gather([x.astype(dtype) for x in shards], dims, axes)
+    pairs = zip(shards, sources, strict=True)
+    here = [x if source is None else jax.device_put(source, jax.memory.Space.Device) for x, source in pairs]
+    return _all_gather([x.astype(dtype) for x in here], dims, axes)
 
 
-def _gather_fwd(shards: list[jax.Array], *static: Any) -> tuple[list[jax.Array], list[jax.Array]]:
-    return _gather(shards, *static), [jnp.zeros((), x.dtype) for x in shards]
+def _gather_fwd(
+    shards: list[jax.Array], sources: list[jax.Array | None], *static: Any
+) -> tuple[list[jax.Array], list[jax.Array]]:
+    return _gather(shards, sources, *static), [jnp.zeros((), x.dtype) for x in shards]
 
 
 def _gather_bwd(
@@ -152,10 +163,10 @@ def _gather_bwd(
     wire_dtype: Any,
     likes: list[jax.Array],
     cts: list[jax.Array],
-) -> tuple[list[jax.Array]]:
+) -> tuple[list[jax.Array], None]:
     # Not the transpose of the cast: devices are summed in the param's precision even where bfloat16 travelled forth.
     wires = [ct.astype(wire_dtype or like.dtype) for ct, like in zip(cts, likes, strict=True)]
-    return ([x.astype(like.dtype) for x, like in zip(_psum_scatter(wires, dims, axes), likes, strict=True)],)
+    return [x.astype(like.dtype) for x, like in zip(_psum_scatter(wires, dims, axes), likes, strict=True)], None
 
 
 _gather.defvjp(_gather_fwd, _gather_bwd)

@@ -187,7 +187,11 @@ class Objective:
             if self._by_layer(leaf):
                 # Simulated devices meet for each collective at a cost far above its bytes'.
                 combine = meshes.simulated(self.plan.mesh)
-                return Shard(x, leaf.name, x.shape[leaf.dim :], self.plan.axes, self.grad_dtype, combine)
+                shard = Shard(x, leaf.name, x.shape[leaf.dim :], self.plan.axes, self.grad_dtype, combine)
+                # Zeros that nothing reads are never made.
+                return dataclasses.replace(shard, value=jnp.zeros_like(x), source=x) if leaf.on_host else shard
+            if leaf.on_host:
+                x = jax.device_put(x, jax.memory.Space.Device)
             return jax.lax.all_gather(x, self.plan.axes, axis=leaf.dim, tiled=True)
 
         return self.plan.treedef.unflatten(map(one, self.plan.leaves, self.plan.treedef.flatten_up_to(params)))
@@ -221,7 +225,9 @@ class Objective:
         if not any(map(self._by_layer, self.plan.leaves)):
             return
         jaxpr = jax.make_jaxpr(self._call)(entered, rows).jaxpr
-        shards = {v: f.name for v, f in zip(jaxpr.invars, self.plan.leaves, strict=False) if self._by_layer(f)}
+        pairs = zip(self.plan.leaves, self.plan.treedef.flatten_up_to(entered), strict=True)
+        arrays = [leaf for leaf, x in pairs for _ in jax.tree.leaves(x)]
+        shards = {v: f.name for v, f in zip(jaxpr.invars, arrays, strict=False) if self._by_layer(f)}
         if misuse := flow.first_misuse(jaxpr, shards):
             raise TypeError(
                 f"loss_fn uses one device's shard of {misuse[0]!r} in {misuse[1]!r} as if it were whole: layerwise "
@@ -241,13 +247,16 @@ class Objective:
         def micro(rows: PyTree) -> tuple[jax.Array, PyTree, list[jax.Array]]:
             def scaled(solid: list[Any]) -> tuple[jax.Array, tuple[jax.Array, PyTree]]:
                 some = iter(solid)
-                leaves = [next(some) if _solid(leaf) else x for leaf, x in zip(self.plan.leaves, entered, strict=True)]
+                leaves = [
+                    _sourced(next(some), x) if _solid(leaf) else x
+                    for leaf, x in zip(self.plan.leaves, entered, strict=True)
+                ]
                 loss, aux = self._call(self.plan.treedef.unflatten(leaves), rows)
                 # Divided here and not after the sum over devices: it is free, and no float16 sum overflows.
                 return loss * ((1 if scale is None else scale) / self._parts), (loss, aux)
 
             self._check_gathered(self.plan.treedef.unflatten(entered), rows)
-            solid = [x for leaf, x in zip(self.plan.leaves, entered, strict=True) if _solid(leaf)]
+            solid = [_sourced(x, None) for leaf, x in zip(self.plan.leaves, entered, strict=True) if _solid(leaf)]
             (_, (loss, aux)), grads = jax.value_and_grad(scaled, has_aux=True)(solid)
             return loss, aux, self._reduce_early(jax.tree.leaves(grads))
 
@@ -314,6 +323,11 @@ class Objective:
 def _solid(leaf: Leaf) -> bool:
     """Whether a leaf has elements. An empty gradient computed inside a shard_map crashes jaxlib 0.11 on a CPU."""
     return 0 not in leaf.shape
+
+
+def _sourced(x: Any, like: Any) -> Any:
+    """A shard with the source of another, or without one; anything else as it is."""
+    return dataclasses.replace(x, source=getattr(like, "source", None)) if isinstance(x, Shard) else x
 
 
 def _is_floating(dtype: Any) -> bool:

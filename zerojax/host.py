@@ -30,7 +30,7 @@ LEAST_BYTES = 2**20  # of a piece: the time of a smaller transfer is its latency
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Offload:
-    """What of the optimizer's state lives in pinned host memory.
+    """What of the optimizer's state, and of the params, lives in pinned host memory.
 
     Scalars stay on the device. Of two ways to say how much, `fraction` and `hbm_budget_bytes`, give one.
 
@@ -41,7 +41,10 @@ class Offload:
       pattern: A regex on paths of the state's leaves, `0/mu/blocks/kernel` say: others stay on the device.
       bucket_bytes: The update takes less than four times this much memory of each device; large buckets cost fewer
         calls, small ones less memory.
-      params: Whether params are in host memory, too.
+      params: Whether params are in host memory, too: at stage 3, all that are sharded. What `layerwise` names comes to
+        the device layer by layer, in the forward and again in the backward pass, the rest for as long as these take;
+        while the state is streamed, each param for as long as its own. How much of the state goes is said by the
+        other attributes.
 
     Example:
       >>> Offload(pattern="nu")
@@ -66,10 +69,6 @@ class Offload:
                 re.compile(self.pattern)
             except re.error as e:
                 raise ValueError(f"Offload: pattern={self.pattern!r} is no regular expression: {e}.") from e
-        if self.params:
-            raise NotImplementedError(
-                "Offload(params=True), params in host memory, is not served yet; stage 3 shards them over devices."
-            )
 
     @property
     def filled_bytes(self) -> int:

@@ -108,7 +108,9 @@ def wanted(tx: ZeroTransformation, plan: Plan, saved: Mapping[str, Any]) -> dict
     for leaf in plan.leaves:
         spec = leaf.sharded if plan.stage >= 3 else leaf.whole
         size = math.prod(leaf.shape) * leaf.dtype.itemsize
-        state.append(Rest(f"params/{leaf.name}", leaf.shape, leaf.dtype, spec, size, None))
+        grid = (1,) * len(leaf.shape)
+        rest = Rest(f"params/{leaf.name}", leaf.shape, leaf.dtype, spec, size, None, on_host=leaf.on_host, grid=grid)
+        state.append(rest)
     for rest in jax.tree.leaves(tx.rests):
         state.append(dataclasses.replace(rest, name=f"opt_state/{rest.name}"))
     return {rest.name: rest for rest in state}

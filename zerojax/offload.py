@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -118,6 +118,21 @@ class Streamed:
                 room -= size
         return [Bucket(pieces, self.plan) for pieces in [*([still] if still else []), *packed, *large]]
 
+    @functools.cached_property
+    def first(self) -> dict[int, list[int]]:
+        """Params in host memory, by the first bucket that has a piece of them."""
+        return self._params_by_bucket(reversed(range(len(self.buckets))))
+
+    @functools.cached_property
+    def last(self) -> dict[int, list[int]]:
+        """Likewise, by the last one."""
+        return self._params_by_bucket(range(len(self.buckets)))
+
+    def _params_by_bucket(self, order: Iterable[int]) -> dict[int, list[int]]:
+        """Params in host memory by bucket, of several the last one in an order."""
+        found = {i: b for b in order for i in self.buckets[b].leaves if self.plan.leaves[i].on_host}
+        return {b: [i for i in found if found[i] == b] for b in found.values()}
+
     def program(self, work: Work, b: int) -> Program:
         """Of the b-th bucket."""
         assert work.rule is not None
@@ -144,8 +159,10 @@ class Walk:
 
     def __init__(self, streamed: Streamed, params: PyTree, state: list[Any], consume: bool) -> None:
         self._streamed, self._plan, self._consume = streamed, streamed.plan, consume
-        self._params = params
-        self._arrays = [*[None] * len(streamed.plan.leaves), *state]
+        treedef, specs = self._plan.treedef, meshes.named(self._plan.mesh, self._plan.update_specs)
+        self._kept, self._updated = (treedef.flatten_up_to(shardings) for shardings in (self._plan.params, specs))
+        self._arrays = [*treedef.flatten_up_to(params), *state]
+        self._old: dict[int, jax.Array] = {}  # params in host memory that have been brought to the device
         self._new: dict[int, list[Any]] = {}  # pieces that are back in host memory, by array
         self._read: dict[int, list[Any]] = {}  # old pieces that may be freed, by bucket
         self._coming = [self._bring(bucket) for bucket in streamed.buckets[:2]]
@@ -153,15 +170,17 @@ class Walk:
     def finish(self, begun: tuple[list[Any], Any]) -> tuple[PyTree, PyTree]:
         """Updates all buckets; new `(params, opt_state)`, by what `Streamed.begin` returned."""
         work, plan = self._streamed.work(begun), self._plan
-        specs = meshes.named(plan.mesh, plan.update_specs)
-        working = jax.device_put(self._params, specs)
-        self._arrays[: len(plan.leaves)] = jax.tree.leaves(working)
-        if self._consume:
-            jax.tree.map(_free_unless_shared, self._params, working)
-        else:  # programs update in place what stays on the device
+        here = [i for i, leaf in enumerate(plan.leaves) if not leaf.on_host]
+        working = jax.device_put([self._arrays[i] for i in here], [self._updated[i] for i in here])
+        for i, x in zip(here, working, strict=True):
+            if self._consume:
+                _free_unless_shared(self._arrays[i], x)
+            self._arrays[i] = x
+        if not self._consume:  # programs update in place what stays on the device
             for n in {n for bucket in self._streamed.buckets for numbers in bucket.staying for n in numbers}:
                 x = self._arrays[n]
-                self._arrays[n] = jax.jit(jnp.copy, out_shardings=x.sharding)(x)
+                if not (n < len(plan.leaves) and plan.leaves[n].on_host):
+                    self._arrays[n] = jax.jit(jnp.copy, out_shardings=x.sharding)(x)
         self._run(work)
         new = [[jax.tree.map(self._at_rest, x) for x in column] for column in (work.params, work.mu, work.nu)]
         params, opt_state = work.finish(work.rest, new)
@@ -169,6 +188,7 @@ class Walk:
 
     def _run(self, work: Work) -> None:
         buckets = self._streamed.buckets
+        self._bring_params(0)
         leaving: list[jax.Array] = []
         last: list[jax.Array] = []
         left: list[jax.Array] = []
@@ -193,6 +213,8 @@ class Walk:
             for numbers, row in zip(bucket.staying, kept, strict=True):
                 for n, x in zip(numbers, row, strict=True):
                     self._arrays[n] = x
+            self._bring_params(b + 1)
+            self._send_params(b, work.grads)
             if b:
                 self._keep(buckets[b - 1], left)
             leaving = [x for row in moved for x in row]
@@ -217,6 +239,20 @@ class Walk:
         if self._consume:
             self._read[id(bucket)] = pieces
         return jax.device_put(pieces, bucket.shardings)
+
+    def _bring_params(self, b: int) -> None:
+        """Params that are in host memory, on their way to the device, whole: those whose first bucket is the b-th."""
+        for i in self._streamed.first.get(b, []):
+            self._old[i] = self._arrays[i]
+            self._arrays[i] = jax.device_put(self._arrays[i], self._updated[i])
+
+    def _send_params(self, b: int, grads: Sequence[jax.Array]) -> None:
+        """Those whose last bucket is the b-th, on their way back; what they were, and their gradients, may be freed."""
+        for i in self._streamed.last.get(b, []):
+            self._arrays[i] = jax.device_put(self._arrays[i], self._kept[i])
+            old = self._old.pop(i)
+            if self._consume:
+                self._read.setdefault(id(self._streamed.buckets[b]), []).extend((old, grads[i]))
 
     def _free(self, bucket: Bucket) -> None:
         """Frees a bucket's old pieces, which have been read: earlier, the device's next program would wait for that."""

@@ -39,6 +39,7 @@ class Leaf:
       sharded: Spec with the ZeRO axis on `dim`; `whole` where `dim` is None.
       dim: The dim that ZeRO cuts, or None.
       reason: Why `dim` is None; empty where it is not.
+      on_host: Whether it is in host memory at rest.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Leaf:
     sharded: PartitionSpec
     dim: int | None
     reason: str
+    on_host: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +133,35 @@ class Plan:
     @property
     def params(self) -> PyTree:
         """`NamedSharding`s of the params at rest, shaped like params."""
-        return meshes.named(self.mesh, self.param_specs)
+        kind = lambda leaf: host.HOST if leaf.on_host else None
+        specs = self.treedef.flatten_up_to(self.param_specs)
+        pairs = zip(self.leaves, specs, strict=True)
+        return self.treedef.unflatten(NamedSharding(self.mesh, spec, memory_kind=kind(leaf)) for leaf, spec in pairs)
+
+    def on_device(self, params: PyTree) -> PyTree:
+        """Params, all on the device; inside a jit."""
+        return self._put(params, host.DEVICE)
+
+    def at_rest(self, params: PyTree) -> PyTree:
+        """Params where the plan keeps them; inside a jit."""
+        return self._put(params, host.HOST)
+
+    def _put(self, params: PyTree, kind: str) -> PyTree:
+        """`params` with those that are in host memory at rest in memory of a kind."""
+        leaves, specs = self.treedef.flatten_up_to(params), self.treedef.flatten_up_to(self.param_specs)
+        put = lambda x, spec: jax.device_put(x, NamedSharding(self.mesh, spec, memory_kind=kind))
+        triples = zip(self.leaves, leaves, specs, strict=True)
+        return self.treedef.unflatten(put(x, spec) if leaf.on_host else x for leaf, x, spec in triples)
+
+    def _on_host(self) -> bool:
+        """Whether there are params in host memory."""
+        return any(leaf.on_host for leaf in self.leaves)
+
+    def param_bytes(self, *, on_host: bool) -> int:
+        """Bytes of the params at rest on each device, or in its share of host memory."""
+        shapes, specs = (self.treedef.flatten_up_to(tree) for tree in (self.shapes, self.param_specs))
+        triples = zip(self.leaves, shapes, specs, strict=True)
+        return sum(layout.shard_bytes(self.mesh, x, spec) for leaf, x, spec in triples if leaf.on_host == on_host)
 
     @property
     def grads(self) -> PyTree:
@@ -195,12 +225,12 @@ class Plan:
         """`rests` with what `offload` sends to the host; in pieces, if `unit` says that the update may take such."""
         assert self.offload is not None
         treedef: Any = jax.tree.structure(rests)
-        sizes = [layout.total_bytes(self.mesh, self.shapes, specs) for specs in (self.param_specs, self.grad_specs)]
+        beside = self.param_bytes(on_host=False) + layout.total_bytes(self.mesh, self.shapes, self.grad_specs)
         specs = [leaf.sharded if self.stage >= 1 else leaf.whole for leaf in self.leaves]
         cuts = [layout.cuts(self.mesh, leaf.shape, spec) for leaf, spec in zip(self.leaves, specs, strict=True)]
         params = [(leaf.shape, cut) for leaf, cut in zip(self.leaves, cuts, strict=True)]
         chosen = selection.select(
-            jax.tree.leaves(rests), self.offload, params, beside=sum(sizes), in_pieces=unit == "element"
+            jax.tree.leaves(rests), self.offload, params, beside=beside, in_pieces=unit == "element"
         )
         return treedef.unflatten(chosen)
 
@@ -229,10 +259,10 @@ class Plan:
         grads = plan if grad_dtype is None else plan._with_dtype(grad_dtype)
         rests = jax.tree.leaves(plan.rests(tx))
         return Memory(
-            params=layout.total_bytes(plan.mesh, plan.shapes, plan.param_specs),
+            params=plan.param_bytes(on_host=False),
             grads=layout.total_bytes(grads.mesh, grads.shapes, grads.grad_specs),
             opt_state=sum(rest.size for rest in rests if not rest.on_host),
-            host=sum(rest.size for rest in rests if rest.on_host),
+            host=sum(rest.size for rest in rests if rest.on_host) + plan.param_bytes(on_host=True),
         )
 
     def _with_dtype(self, dtype: Any) -> Plan:
@@ -306,7 +336,10 @@ class Plan:
             [leaf.name, list(leaf.shape), leaf.dtype, _placement(leaf, self.stage), *map(report.format_bytes, sizes)]
             for leaf, *sizes in zip(self.leaves, *held, strict=True)
         ]
-        rows.append(["total", "", "", "", *(report.format_bytes(sum(sizes)) for sizes in held)])
+        totals = self.param_bytes(on_host=False), sum(held[1])
+        rows.append(
+            ["total on the device" if self._on_host() else "total", "", "", "", *map(report.format_bytes, totals)]
+        )
         lines = [
             f"ZeRO stage {self.stage} over {self.num_shards} devices (mesh axis {', '.join(self.axes)}): bytes on each",
             report.text_table(["leaf", "shape", "dtype", "sharded as", "params", "grads"], rows),
@@ -348,7 +381,7 @@ def make_plan(
       stage: 0 replicates everything; 1 shards optimizer state, 2 also gradients, 3 also params.
       axis: Mesh axis to shard over, or a tuple of several taken as one.
       offload: What of the optimizer's state lives in host memory: None for nothing, "pinned_host" for all, or an
-        `Offload`.
+        `Offload`, which may send params there, too.
       param_specs: `PartitionSpec`s already taken, by tensor parallelism say: a prefix of `params`, None for nothing
         taken. The ZeRO axis goes on a dim that they leave free.
       min_size: Leaves with fewer elements stay whole: sharding them would cost a collective and save little.
@@ -358,8 +391,8 @@ def make_plan(
       The `Plan`.
 
     Raises:
-      ValueError: an unknown stage or axis, a spec that does not fit its leaf or takes the ZeRO axis, or, under
-        `strict`, a leaf that cannot be sharded.
+      ValueError: an unknown stage or axis, a spec that does not fit its leaf or takes the ZeRO axis; params for the
+        host at a stage that has them whole on each device; or, under `strict`, a leaf that cannot be sharded.
       TypeError: a leaf without shape and dtype, or a mesh that is none.
 
     References:
@@ -384,6 +417,13 @@ def make_plan(
     for name in axes:
         if name not in mesh.axis_names:
             raise ValueError(f"the mesh has no axis {name!r}; it has {mesh.axis_names}: pass one of them as axis=.")
+    offload = host.as_offload(offload)
+    params_on_host = offload is not None and offload.params
+    if params_on_host and stage < 3:
+        raise ValueError(
+            f"Offload(params=True) wants stage 3, got stage {stage}: there the model takes layer by layer what "
+            "layerwise= of make_train_step names."
+        )
     paths, treedef = jax.tree_util.tree_flatten_with_path(params)
     taken = layout.taken_specs(param_specs, params)
     size = meshes.shards(mesh, axes)
@@ -399,7 +439,18 @@ def make_plan(
                 f"Pad one of its dims to a multiple of {size}, raise min_size above {math.prod(shape)}, or pass "
                 "strict=False to keep it whole."
             )
-        leaves.append(Leaf(name=name, shape=shape, dtype=dtype, whole=whole, sharded=sharded, dim=dim, reason=reason))
+        leaves.append(
+            Leaf(
+                name=name,
+                shape=shape,
+                dtype=dtype,
+                whole=whole,
+                sharded=sharded,
+                dim=dim,
+                reason=reason,
+                on_host=params_on_host and dim is not None,
+            )
+        )
     return Plan(
         mesh=mesh,
         stage=stage,
@@ -407,7 +458,7 @@ def make_plan(
         leaves=tuple(leaves),
         treedef=treedef,
         min_size=min_size,
-        offload=host.as_offload(offload),
+        offload=offload,
     )
 
 
@@ -418,4 +469,4 @@ def _is_grouped(shape: tuple[int, ...], x: tuple[int, ...]) -> bool:
 
 def _placement(leaf: Leaf, stage: int) -> str:
     entries = ", ".join(map(repr, leaf.sharded if stage else leaf.whole))
-    return entries or "whole"
+    return (entries or "whole") + (" on the host" if leaf.on_host else "")

@@ -57,8 +57,9 @@ def reload_states(state: TrainState, plan: Plan) -> TrainState:
     rests = jax.tree.leaves(plan.rests_of(treedef.unflatten(shapes), None))
     kind = lambda rest: host.HOST if rest.on_host else host.DEVICE
     kinds = [jax.tree.map(lambda _, rest=rest: kind(rest), x) for x, rest in zip(leaves, rests, strict=True)]
-    on_device = jax.tree.map(lambda _: host.DEVICE, state._replace(opt_state=None))
-    return _moved(state, jax.tree.leaves(on_device._replace(opt_state=kinds)))
+    on_device = jax.tree.map(lambda _: host.DEVICE, state._replace(params=None, opt_state=None))
+    params = [host.HOST if leaf.on_host else host.DEVICE for leaf in plan.leaves]
+    return _moved(state, jax.tree.leaves(on_device._replace(params=params, opt_state=kinds)))
 
 
 def _check(state: Any, plan: Plan, name: str) -> None:

@@ -33,7 +33,7 @@ class TrainStep:
         meshes.check_devices(plan.mesh)
         self._objective = objective
         specs = state_specs(tx, plan, loss_scale)
-        self._shardings = meshes.named(plan.mesh, specs)._replace(opt_state=plan.opt_state(tx))
+        self._shardings = meshes.named(plan.mesh, specs)._replace(params=plan.params, opt_state=plan.opt_state(tx))
         self._treedef: Any = jax.tree.structure(self._shardings)
         self._traced = run  # options of the compiler are the outermost jit's alone
         self._run: Any = jax.jit(
@@ -248,9 +248,9 @@ def make_train_step(
         return begun, new, metrics
 
     def at_once(state: TrainState, batch: PyTree) -> tuple[TrainState, dict[str, Any]]:
-        state = state._replace(opt_state=tx.in_use(state.opt_state))
+        state = state._replace(params=plan.on_device(state.params), opt_state=tx.in_use(state.opt_state))
         new, metrics = meshes.on_mesh(plan.mesh, train_step, (specs, PartitionSpec()))(state, batch)
-        return new._replace(opt_state=tx.at_rest(new.opt_state)), metrics
+        return new._replace(params=plan.at_rest(new.params), opt_state=tx.at_rest(new.opt_state)), metrics
 
     stream = streamed(tx)
     if stream is None:

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
-from zerojax import meshes
+from zerojax import host, meshes
 from zerojax.plan import Plan
 from zerojax.precision import LossScale, LossScaleState
 from zerojax.zero import zero
@@ -89,7 +89,8 @@ def create_train_state(
             return TrainState(jnp.int32(0), params, None if apart else tx.inner.init(params), scale, jnp.int32(0))
 
         run = meshes.on_mesh(plan.mesh, create_train_state, specs)
-        state = jax.jit(run, out_shardings=meshes.named(plan.mesh, specs), donate_argnums=donate)(*args)
+        shardings = meshes.named(plan.mesh, specs)._replace(params=plan.params)
+        state = jax.jit(run, out_shardings=shardings, donate_argnums=donate)(*args)
         return state._replace(opt_state=tx.init(state.params)) if apart else state
 
     if callable(params_or_init):
@@ -97,8 +98,12 @@ def create_train_state(
     if args:
         raise TypeError(f"create_train_state got {len(args)} arguments for init, but params_or_init is no function.")
     plan.check(params_or_init)
-    # Leaf by leaf, and by a copy that no layout can turn into an alias: the step donates what it is given.
-    copy = lambda x, sharding: jax.jit(jnp.copy, out_shardings=sharding)(jax.device_put(x, sharding))
+
+    def copy(x: Any, sharding: NamedSharding) -> jax.Array:
+        """By no way that a layout can turn into an alias: the step donates what it is given."""
+        on_device = sharding.with_memory_kind(host.DEVICE)
+        return jax.device_put(jax.jit(jnp.copy, out_shardings=on_device)(jax.device_put(x, on_device)), sharding)
+
     return make(lambda params: params, jax.tree.map(copy, params_or_init, plan.params), donate=(0,))
 
 

@@ -125,7 +125,8 @@ def zero(inner: optax.GradientTransformation, plan: Plan) -> ZeroTransformation:
         def sharded_init(params: PyTree) -> PyTree:
             return inner.init(meshes.constrain(params, plan.update_specs))
 
-        f = meshes.on_mesh(plan.mesh, sharded_init, state_specs())
+        on_mesh = meshes.on_mesh(plan.mesh, sharded_init, state_specs())
+        f = lambda params: on_mesh(plan.on_device(params))
         if meshes.tracing(params):
             return tx.at_rest(f(params))
         meshes.check_devices(plan.mesh)
@@ -155,7 +156,7 @@ def zero(inner: optax.GradientTransformation, plan: Plan) -> ZeroTransformation:
 
             run = meshes.on_mesh(plan.mesh, some, [leaves[i].spec for i in group])
             kept = lambda params, run=run, group=group: [
-                host.cut(x, leaves[i].grid) for x, i in zip(run(params), group, strict=True)
+                host.cut(x, leaves[i].grid) for x, i in zip(run(plan.on_device(params)), group, strict=True)
             ]
             made += jax.jit(kept, out_shardings=[leaves[i].sharding(plan.mesh) for i in group])(params)
         return jax.tree.unflatten(treedef, made)
@@ -172,6 +173,7 @@ def zero(inner: optax.GradientTransformation, plan: Plan) -> ZeroTransformation:
             return inner.update(updates, state, params, **arrays, **functions)
 
         run = meshes.on_mesh(plan.mesh, body, (plan.param_specs, state_specs()))
+        params = None if params is None else plan.on_device(params)
         updates, state = run(updates, tx.in_use(state), params, arrays)
         return updates, tx.at_rest(state)
 
