@@ -122,6 +122,7 @@ zerojax.save_checkpoint(sys.argv[1], state, step=5, wait=False)
 """
 
 
+@pytest.mark.skipif(sys.version_info[:2] == (3, 12), reason="Python 3.12 starts no threads while it ends")
 @pytest.mark.parametrize(("end", "status"), [("", 0), ("raise RuntimeError('mine')", 1)])
 def test_a_program_that_ends_finishes_its_save(tmp_path, end, status):
     command = [sys.executable, "-c", ENDS.format(end=end), str(tmp_path)]
@@ -130,3 +131,12 @@ def test_a_program_that_ends_finishes_its_save(tmp_path, end, status):
     assert done.returncode == status, done.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["5"]
     assert not manifest.damage(tmp_path / "5", manifest.read_manifest(tmp_path / "5").files)
+
+
+@pytest.mark.skipif(sys.version_info[:2] != (3, 12), reason="other versions finish the save")
+def test_a_program_that_ends_says_that_its_save_is_lost(tmp_path):
+    command = [sys.executable, "-c", ENDS.format(end=""), str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": str(pathlib.Path(zerojax.__file__).parent.parent)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    assert "5 was not saved" in done.stderr
+    assert manifest.steps_in(tmp_path) == []

@@ -275,7 +275,8 @@ def _finish_at_exit() -> None:
 
 
 # A program may end while its last save is under way. At `atexit` it is too late: Python's thread pools, in which Orbax
-# writes, take no work any more. They are shut down by what is registered here, the last first.
+# writes, take no work any more. They are shut down by what is registered here, the last first. Python 3.12 starts no
+# thread even here: the save fails then, and says so.
 importlib.import_module("concurrent.futures.thread")
 threading._register_atexit(_finish_at_exit)  # type: ignore[attr-defined]
 
