@@ -143,8 +143,8 @@ def _by_kernel(
         factors=flags[:, None], sums=2, **options,
     )  # fmt: skip
     squares = squares if across is None else across(squares)
-    # Between barriers: what XLA makes of roots and a division depends on what it fuses them with, and a step shall not
-    # depend on which leaves are updated together.
+    # Between barriers: XLA may make a division by a root a product with rsqrt, as it suits what it fuses it with, and a
+    # step shall not depend on which leaves are updated together.
     rate, norms = jax.lax.optimization_barrier((scalars.learning_rate, jnp.sqrt(squares)))
     rates = jax.lax.optimization_barrier(rate * trust_ratio(trust, norms[:, 0], norms[:, 1]))
     (new_params,), _ = stored.run(

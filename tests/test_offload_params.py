@@ -177,7 +177,7 @@ def test_checkpoints_weights_and_phases(tmp_path):
 
 
 def test_the_step_needs_no_more_memory_than_with_params_on_the_device():
-    """So no stack of layers is copied as a whole, and the zeros that gradients are taken by are not made."""
+    """So the zeros that gradients are taken by are not made. Of copies a CPU's program says nothing: it has none."""
 
     def program(offload):
         plan = plan_of(4, offload)

@@ -194,3 +194,9 @@ def test_the_command_line_lists_its_commands(capsys):
         timeout=60,
     )
     assert done.returncode == 0 and "The first that fits is stage 3" in done.stdout, done.stderr
+
+
+def test_params_in_host_memory_are_planned_where_they_can_be(capsys):
+    asked = ["--config.zero.stage=3", "--config.zero.offload.device=pinned_host", "--config.zero.offload.params=True"]
+    assert plan([*asked, "--params=1e8"]) == 0
+    assert "stage 2, offload" in capsys.readouterr().out

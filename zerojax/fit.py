@@ -145,7 +145,8 @@ def _variants(c: ConfigDict) -> Iterator[tuple[str, dict[str, Any]]]:
             keys = {"zero.stage": stage, "optimizer.mu_dtype": dtype, "optimizer.nu_dtype": dtype}
             yield f"stage {stage}, {dtype} moments", keys | home
     for stage in (1, 2, 3):
-        yield f"stage {stage}, offload", {"zero.stage": stage, "zero.offload.device": "pinned_host"}
+        keys = {"zero.stage": stage, "zero.offload.device": "pinned_host"}
+        yield f"stage {stage}, offload", keys if stage == 3 else keys | {"zero.offload.params": False}
 
 
 def _setting(

@@ -43,8 +43,8 @@ class Offload:
         calls, small ones less memory.
       params: Whether params are in host memory, too: at stage 3, all that are sharded. What `layerwise` names comes to
         the device layer by layer, in the forward and again in the backward pass, the rest for as long as these take;
-        while the state is streamed, each param for as long as its own. How much of the state goes is said by the
-        other attributes.
+        while the state is streamed, each param for as long as its own. A step that streams nothing, with fraction=0 or
+        any other optimizer, has all of them on the device. How much of the state goes is said by the other attributes.
 
     Example:
       >>> Offload(pattern="nu")
