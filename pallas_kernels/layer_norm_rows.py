@@ -108,7 +108,7 @@ _CLUSTERED: dict[tuple[str, int], tuple[int, list[tuple[int, Config]]]] = {
     ("backward", 4): (8192, [(8192, Config(warps=8, warpgroups=2, stages=3, again=True, later=True))]),
 }
 _CLUSTER = 16  # blocks at most
-_LONGEST = {"forward": _CLUSTER * 16384, "backward": _CLUSTER * 8192}
+_LONGEST = {kind: _CLUSTER * _CLUSTERED[kind, 4][1][-1][0] for kind in ("forward", "backward")}
 
 
 def config_for(kind: str, rows: int, n: int, itemsize: int, streams: int) -> Config:

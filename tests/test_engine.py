@@ -349,6 +349,7 @@ class NnxDropout(nnx.Module):
             {"config": {"zero": {"stage": 2, "offload": {"device": "pinned_host", "params": True}}}},
             r"Offload\(params=True\) wants stage 3",
         ),
+        ({"config": {"zero": {"offload": {"params": True}}}}, "set the device to 'pinned_host'"),
         ({"config": {"batch": {"rws": 9}}}, "no key 'batch.rws'; the nearest is 'batch.rows'"),
         ({"config": "run.py"}, "get_config"),
     ],

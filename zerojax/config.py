@@ -72,6 +72,11 @@ def plan_options(c: ConfigDict) -> dict[str, Any]:
         except ValueError as e:
             e.add_note("config: zero.offload")
             raise
+    elif c.zero.offload.params:
+        raise ValueError(
+            "config: zero.offload.params is True and zero.offload.device 'none': set the device to 'pinned_host', and "
+            "zero.offload.fraction to 0 if the optimizer's state shall stay on the device."
+        )
     return options
 
 

@@ -136,7 +136,8 @@ def compiled_bytes(c: ConfigDict, sizes: Sizes, mesh: Any, rows: int, *, dtype: 
 
 def _variants(c: ConfigDict) -> Iterator[tuple[str, dict[str, Any]]]:
     yield "as configured", {}
-    home: dict[str, Any] = {} if c.zero.offload.device == "none" else {"zero.offload.device": "none"}
+    away = c.zero.offload.device != "none"
+    home: dict[str, Any] = {"zero.offload.device": "none", "zero.offload.params": False} if away else {}
     for stage in range(4):
         yield f"stage {stage}", {"zero.stage": stage} | home
     small = c.optimizer.name.lower() in ("adam", "adamw", "lamb")

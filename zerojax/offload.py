@@ -119,12 +119,12 @@ class Streamed:
         return [Bucket(pieces, self.plan) for pieces in [*([still] if still else []), *packed, *large]]
 
     @functools.cached_property
-    def first(self) -> dict[int, list[int]]:
+    def params_by_first_bucket(self) -> dict[int, list[int]]:
         """Params in host memory, by the first bucket that has a piece of them."""
         return self._params_by_bucket(reversed(range(len(self.buckets))))
 
     @functools.cached_property
-    def last(self) -> dict[int, list[int]]:
+    def params_by_last_bucket(self) -> dict[int, list[int]]:
         """Likewise, by the last one."""
         return self._params_by_bucket(range(len(self.buckets)))
 
@@ -179,7 +179,7 @@ class Walk:
         if not self._consume:  # programs update in place what stays on the device
             for n in {n for bucket in self._streamed.buckets for numbers in bucket.staying for n in numbers}:
                 x = self._arrays[n]
-                if not (n < len(plan.leaves) and plan.leaves[n].on_host):
+                if not (n < len(plan.leaves) and plan.leaves[n].on_host):  # of which a copy is what comes
                     self._arrays[n] = jax.jit(jnp.copy, out_shardings=x.sharding)(x)
         self._run(work)
         new = [[jax.tree.map(self._at_rest, x) for x in column] for column in (work.params, work.mu, work.nu)]
@@ -242,13 +242,13 @@ class Walk:
 
     def _bring_params(self, b: int) -> None:
         """Params that are in host memory, on their way to the device, whole: those whose first bucket is the b-th."""
-        for i in self._streamed.first.get(b, []):
+        for i in self._streamed.params_by_first_bucket.get(b, []):
             self._old[i] = self._arrays[i]
             self._arrays[i] = jax.device_put(self._arrays[i], self._updated[i])
 
     def _send_params(self, b: int, grads: Sequence[jax.Array]) -> None:
         """Those whose last bucket is the b-th, on their way back; what they were, and their gradients, may be freed."""
-        for i in self._streamed.last.get(b, []):
+        for i in self._streamed.params_by_last_bucket.get(b, []):
             self._arrays[i] = jax.device_put(self._arrays[i], self._kept[i])
             old = self._old.pop(i)
             if self._consume:

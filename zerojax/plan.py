@@ -153,10 +153,6 @@ class Plan:
         triples = zip(self.leaves, leaves, specs, strict=True)
         return self.treedef.unflatten(put(x, spec) if leaf.on_host else x for leaf, x, spec in triples)
 
-    def _on_host(self) -> bool:
-        """Whether there are params in host memory."""
-        return any(leaf.on_host for leaf in self.leaves)
-
     def param_bytes(self, *, on_host: bool) -> int:
         """Bytes of the params at rest on each device, or in its share of host memory."""
         shapes, specs = (self.treedef.flatten_up_to(tree) for tree in (self.shapes, self.param_specs))
@@ -338,7 +334,11 @@ class Plan:
         ]
         totals = self.param_bytes(on_host=False), sum(held[1])
         rows.append(
-            ["total on the device" if self._on_host() else "total", "", "", "", *map(report.format_bytes, totals)]
+            [
+                "total on the device" if self.param_bytes(on_host=True) else "total",
+                *[""] * 3,
+                *map(report.format_bytes, totals),
+            ]
         )
         lines = [
             f"ZeRO stage {self.stage} over {self.num_shards} devices (mesh axis {', '.join(self.axes)}): bytes on each",
