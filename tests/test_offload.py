@@ -346,7 +346,7 @@ def test_grids_cut_what_is_whole_into_equal_parts(shape, cuts, count):
     pieces = host.cut(x, small)
     sharding = NamedSharding(mesh_of(1), jax.P())
     rest = host.Rest("x", x.shape, x.dtype, sharding.spec, x.nbytes, 0, on_host=True, grid=small)
-    np.testing.assert_array_equal(host.in_use(pieces, rest, mesh_of(1)), x)
+    np.testing.assert_array_equal(host.in_use(pieces, rest), x)
 
 
 @pytest.mark.parametrize(

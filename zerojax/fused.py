@@ -156,8 +156,13 @@ def apply_sharded(
 
     Cheaper than `tx.update` and `optax.apply_updates`: what travels is the params in their own dtype, and the addition
     too is done once for each element and not on every device. Where `finite` is False everything stays as it is.
+    What comes in host memory is returned whole and on the device.
     """
     plan = tx.plan
+    if plan.offload is not None:
+        # Not before there are gradients: activations have the room until then.
+        grads, state, params = jax.lax.optimization_barrier((grads, state, params))
+        state, params = tx.in_use(state), plan.on_device(params)
     grads, shards = (meshes.constrain(tree, plan.update_specs) for tree in (grads, params))
     shards, new_state = apply_link(tx.inner, grads, state, shards, plan=plan, finite=finite, **extra_args)
     # Gradients may be wider than the params that Optax took its state's dtypes from; what is stored keeps its dtype.

@@ -160,7 +160,7 @@ def _joined(x: Any) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)  # no pytree: a leaf of trees
 class Rest:
-    """How one leaf of the state is kept at rest.
+    """How one leaf of the state, or a param, is kept at rest.
 
     Attributes:
       name: Its path.
@@ -168,7 +168,7 @@ class Rest:
       dtype: Its dtype.
       spec: Its `PartitionSpec`, that of its pieces too.
       size: Its bytes on each device.
-      param: Number of the param that it belongs to, or None.
+      param: Number of the param that it is or belongs to, or None.
       on_host: Whether it is in host memory.
       grid: Of its pieces.
     """
@@ -189,15 +189,13 @@ class Rest:
         return one if count == 1 else Pieces((one,) * count, self.grid)
 
 
-def in_use(x: Any, rest: Rest, mesh: meshes.AnyMesh) -> jax.Array:
-    """A leaf as it is kept, whole and on the device."""
-    if not rest.on_host:
-        return x
-    return _joined(jax.device_put(x, NamedSharding(mesh, rest.spec, memory_kind=DEVICE)))
+def in_use(x: Any, rest: Rest) -> jax.Array:
+    """A leaf that is kept as `rest` says, whole and on the device."""
+    return _joined(jax.device_put(x, jax.memory.Space.Device)) if rest.on_host else x
 
 
 def at_rest(x: jax.Array, rest: Rest, mesh: meshes.AnyMesh) -> Any:
-    """A whole leaf as it is kept; inside a jit."""
+    """A whole leaf as it is kept; inside a jit, but not in `meshes.on_mesh`, which lays out on the device."""
     return jax.device_put(cut(x, rest.grid), rest.sharding(mesh)) if rest.on_host else x
 
 

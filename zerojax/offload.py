@@ -46,7 +46,7 @@ class Streamed:
     def small(self, opt_state: PyTree) -> list[jax.Array]:
         """The arrays of a state that belong to no param, on the device: counts, what the links of a chain keep."""
         arrays = zip(self._treedef.flatten_up_to(opt_state), self._rests, strict=True)
-        return [host.in_use(x, rest, self.plan.mesh) for x, rest in arrays if rest.param is None]
+        return [host.in_use(x, rest) for x, rest in arrays if rest.param is None]
 
     def begin(self, grads: PyTree, small: list[jax.Array], **options: Any) -> tuple[list[Any], Any]:
         """What comes before the first bucket, by gradients and `small` alone; inside a jit, in `meshes.on_mesh`.

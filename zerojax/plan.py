@@ -8,6 +8,8 @@ planned.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -133,31 +135,30 @@ class Plan:
     @property
     def params(self) -> PyTree:
         """`NamedSharding`s of the params at rest, shaped like params."""
-        kind = lambda leaf: host.HOST if leaf.on_host else None
-        specs = self.treedef.flatten_up_to(self.param_specs)
-        pairs = zip(self.leaves, specs, strict=True)
-        return self.treedef.unflatten(NamedSharding(self.mesh, spec, memory_kind=kind(leaf)) for leaf, spec in pairs)
+        return jax.tree.map(lambda rest: rest.sharding(self.mesh), self.param_rests)
+
+    @functools.cached_property
+    def param_rests(self) -> PyTree:
+        """How each param is kept, `host.Rest`s shaped like params."""
+
+        def rest(i: int, leaf: Leaf) -> Rest:
+            spec = leaf.sharded if self.stage >= 3 else leaf.whole
+            size = layout.shard_bytes(self.mesh, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), spec)
+            return Rest(leaf.name, leaf.shape, leaf.dtype, spec, size, i, leaf.on_host, (1,) * len(leaf.shape))
+
+        return self.treedef.unflatten(itertools.starmap(rest, enumerate(self.leaves)))
 
     def on_device(self, params: PyTree) -> PyTree:
-        """Params, all on the device; inside a jit."""
-        return self._put(params, host.DEVICE)
+        """Params, all on the device."""
+        return jax.tree.map(lambda rest, x: host.in_use(x, rest), self.param_rests, params)
 
     def at_rest(self, params: PyTree) -> PyTree:
-        """Params where the plan keeps them; inside a jit."""
-        return self._put(params, host.HOST)
-
-    def _put(self, params: PyTree, kind: str) -> PyTree:
-        """`params` with those that are in host memory at rest in memory of a kind."""
-        leaves, specs = self.treedef.flatten_up_to(params), self.treedef.flatten_up_to(self.param_specs)
-        put = lambda x, spec: jax.device_put(x, NamedSharding(self.mesh, spec, memory_kind=kind))
-        triples = zip(self.leaves, leaves, specs, strict=True)
-        return self.treedef.unflatten(put(x, spec) if leaf.on_host else x for leaf, x, spec in triples)
+        """Params where the plan keeps them; inside a jit, but not in `meshes.on_mesh`."""
+        return jax.tree.map(lambda rest, x: host.at_rest(x, rest, self.mesh), self.param_rests, params)
 
     def param_bytes(self, *, on_host: bool) -> int:
         """Bytes of the params at rest on each device, or in its share of host memory."""
-        shapes, specs = (self.treedef.flatten_up_to(tree) for tree in (self.shapes, self.param_specs))
-        triples = zip(self.leaves, shapes, specs, strict=True)
-        return sum(layout.shard_bytes(self.mesh, x, spec) for leaf, x, spec in triples if leaf.on_host == on_host)
+        return sum(rest.size for rest in jax.tree.leaves(self.param_rests) if rest.on_host == on_host)
 
     @property
     def grads(self) -> PyTree:

@@ -248,7 +248,6 @@ def make_train_step(
         return begun, new, metrics
 
     def at_once(state: TrainState, batch: PyTree) -> tuple[TrainState, dict[str, Any]]:
-        state = state._replace(params=plan.on_device(state.params), opt_state=tx.in_use(state.opt_state))
         new, metrics = meshes.on_mesh(plan.mesh, train_step, (specs, PartitionSpec()))(state, batch)
         return new._replace(params=plan.at_rest(new.params), opt_state=tx.at_rest(new.opt_state)), metrics
 

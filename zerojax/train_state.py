@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from zerojax import host, meshes
 from zerojax.plan import Plan
 from zerojax.precision import LossScale, LossScaleState
-from zerojax.zero import zero
+from zerojax.zero import made, zero
 
 PyTree = Any
 
@@ -75,36 +75,33 @@ def create_train_state(
     """
     tx = zero(tx, plan)
     meshes.check_devices(plan.mesh)
-    specs = state_specs(tx, plan, loss_scale)
-    # What goes to the host is made apart, so that the device never holds it all.
-    apart = plan.offload is not None
-    specs = specs._replace(opt_state=None) if apart else specs
-
-    def make(init: Callable[..., PyTree], *args: Any, donate: tuple[int, ...] = ()) -> TrainState:
-        def create_train_state(*args: Any) -> TrainState:
-            params = init(*args)
-            plan.check(params)
-            params = jax.tree.map(lambda x: jnp.asarray(x, x.dtype), params)  # a Python number is weakly typed
-            scale = None if loss_scale is None else loss_scale.init()
-            return TrainState(jnp.int32(0), params, None if apart else tx.inner.init(params), scale, jnp.int32(0))
-
-        run = meshes.on_mesh(plan.mesh, create_train_state, specs)
-        shardings = meshes.named(plan.mesh, specs)._replace(params=plan.params)
-        state = jax.jit(run, out_shardings=shardings, donate_argnums=donate)(*args)
-        return state._replace(opt_state=tx.init(state.params)) if apart else state
-
+    tx.check_room()
     if callable(params_or_init):
-        return make(params_or_init, *args)
-    if args:
+        params = made(lambda *args: _checked(params_or_init(*args), plan), args, plan.param_rests, plan)
+    elif args:
         raise TypeError(f"create_train_state got {len(args)} arguments for init, but params_or_init is no function.")
-    plan.check(params_or_init)
+    else:
+        plan.check(params_or_init)
+        params = jax.tree.map(_copied, params_or_init, plan.params)
+    numbers = lambda: (jnp.int32(0), None if loss_scale is None else loss_scale.init(), jnp.int32(0))
+    step, scale, skipped = jax.jit(numbers, out_shardings=NamedSharding(plan.mesh, PartitionSpec()))()
+    return TrainState(step, params, tx.init(params), scale, skipped)
 
-    def copy(x: Any, sharding: NamedSharding) -> jax.Array:
-        """By no way that a layout can turn into an alias: the step donates what it is given."""
-        on_device = sharding.with_memory_kind(host.DEVICE)
-        return jax.device_put(jax.jit(jnp.copy, out_shardings=on_device)(jax.device_put(x, on_device)), sharding)
 
-    return make(lambda params: params, jax.tree.map(copy, params_or_init, plan.params), donate=(0,))
+def _checked(params: PyTree, plan: Plan) -> PyTree:
+    """What an init made, if it is what the plan is of; a Python number in it is weakly typed, which no state may be."""
+    plan.check(params)
+    return jax.tree.map(lambda x: jnp.asarray(x, x.dtype), params)
+
+
+def _copied(x: Any, sharding: NamedSharding) -> jax.Array:
+    """A copy by no way that a layout can turn into an alias: the step donates what it is given."""
+    on_device = sharding.with_memory_kind(host.DEVICE)
+    return jax.device_put(jax.jit(_strong_copy, out_shardings=on_device)(jax.device_put(x, on_device)), sharding)
+
+
+def _strong_copy(x: jax.Array) -> jax.Array:
+    return jnp.array(x, x.dtype)
 
 
 def state_specs(tx: optax.GradientTransformation, plan: Plan, loss_scale: LossScale | None) -> TrainState:

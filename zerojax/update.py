@@ -74,7 +74,7 @@ def _at_once(
         return apply_sharded(tx, grads, state, params, **extra_args, **functions)
 
     run = meshes.on_mesh(tx.plan.mesh, on_shards, (tx.plan.param_specs, tx.plan.opt_state_specs(tx.inner)))
-    params, state = run(grads, tx.in_use(state), tx.plan.on_device(params), extra_args)
+    params, state = run(grads, state, params, extra_args)
     return tx.plan.at_rest(params), tx.at_rest(state)
 
 

@@ -15,7 +15,7 @@ from zerojax.plan import Plan
 
 PyTree = Any
 T = TypeVar("T")
-_INIT_BYTES = 2**30
+_PART_BYTES = 2**30
 
 
 class ZeroTransformation(optax.GradientTransformationExtraArgs):
@@ -42,12 +42,21 @@ class ZeroTransformation(optax.GradientTransformationExtraArgs):
         return self.plan.rests(self.inner)
 
     def in_use(self, state: PyTree) -> PyTree:
-        """A state, all its leaves whole and on the device; inside a jit."""
-        return jax.tree.map(lambda rest, x: host.in_use(x, rest, self.plan.mesh), self.rests, state)
+        """A state, all its leaves whole and on the device."""
+        return jax.tree.map(lambda rest, x: host.in_use(x, rest), self.rests, state)
 
     def at_rest(self, state: PyTree) -> PyTree:
-        """A state as the plan keeps it; inside a jit."""
+        """A state as the plan keeps it; inside a jit, but not in `meshes.on_mesh`."""
         return jax.tree.map(lambda rest, x: host.at_rest(x, rest, self.plan.mesh), self.rests, state)
+
+    def check_room(self) -> None:
+        """Raises `MemoryError` where this process has less host memory than the plan sends there."""
+        what = (
+            "the optimizer's state and the params have"
+            if any(leaf.on_host for leaf in self.plan.leaves)
+            else "the optimizer's state has"
+        )
+        host.check_room(self.plan.memory(self.inner).host, self.plan.mesh, what)
 
     @property
     def unit(self) -> str | None:
@@ -66,6 +75,33 @@ def once(make: Callable[[ZeroTransformation], T]) -> Callable[[ZeroTransformatio
         return result
 
     return kept
+
+
+def made(f: Callable[..., PyTree], args: tuple[Any, ...], rests: PyTree, plan: Plan) -> PyTree:
+    """`f(*args)` as `rests` keep it: by the gigabyte, so that a device has little more than what it is to keep.
+
+    Random numbers take several times the memory of what is made of them; and what goes to the host is never all on the
+    device.
+    """
+    treedef: Any = jax.tree.structure(rests)
+    leaves: list[host.Rest] = jax.tree.leaves(rests)
+    parts: list[list[int]] = []
+    room = 0
+    for i, rest in enumerate(leaves):
+        if not parts or rest.size > room:
+            parts.append([])
+            room = _PART_BYTES
+        parts[-1].append(i)
+        room -= rest.size
+    new: list[Any] = []
+    for part in parts:
+        pick = lambda *args, part=part: [treedef.flatten_up_to(f(*args))[i] for i in part]
+        run = meshes.on_mesh(plan.mesh, pick, [leaves[i].spec for i in part])
+        cut = lambda *args, run=run, part=part: [
+            host.cut(x, leaves[i].grid) for x, i in zip(run(*args), part, strict=True)
+        ]
+        new += jax.jit(cut, out_shardings=[leaves[i].sharding(plan.mesh) for i in part])(*args)
+    return treedef.unflatten(new)
 
 
 def zero(inner: optax.GradientTransformation, plan: Plan) -> ZeroTransformation:
@@ -123,43 +159,16 @@ def zero(inner: optax.GradientTransformation, plan: Plan) -> ZeroTransformation:
         plan.check(params)
 
         def sharded_init(params: PyTree) -> PyTree:
-            return inner.init(meshes.constrain(params, plan.update_specs))
+            return inner.init(meshes.constrain(plan.on_device(params), plan.update_specs))
 
-        on_mesh = meshes.on_mesh(plan.mesh, sharded_init, state_specs())
-        f = lambda params: on_mesh(plan.on_device(params))
         if meshes.tracing(params):
-            return tx.at_rest(f(params))
+            return tx.at_rest(meshes.on_mesh(plan.mesh, sharded_init, state_specs())(params))
         meshes.check_devices(plan.mesh)
-        if plan.offload is not None and not any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(params)):
-            return init_by_parts(params)
+        tx.check_room()
         # Eagerly, Optax would make the whole state on each device before it could be cut.
         if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(params)):
-            return jax.jit(lambda: tx.at_rest(inner.init(params)), out_shardings=plan.opt_state(inner))()
-        return jax.jit(f, out_shardings=plan.opt_state(inner))(jax.device_put(params, plan.params))
-
-    def init_by_parts(params: PyTree) -> PyTree:
-        """Leaves by the gigabyte, so that no more of what goes to the host is ever on the device."""
-        host.check_room(plan.memory(inner).host, plan.mesh)
-        leaves, treedef = jax.tree.leaves(tx.rests), jax.tree.structure(tx.rests)
-        params = jax.device_put(params, plan.params)
-        groups: list[list[int]] = []
-        for i in range(len(leaves)):
-            if not groups or sum(leaves[k].size for k in groups[-1]) + leaves[i].size > _INIT_BYTES:
-                groups.append([])
-            groups[-1].append(i)
-        made: list[Any] = []
-        for group in groups:
-
-            def some(params: PyTree, group: list[int] = group) -> list[Any]:
-                state = jax.tree.leaves(inner.init(meshes.constrain(params, plan.update_specs)))
-                return [state[i] for i in group]
-
-            run = meshes.on_mesh(plan.mesh, some, [leaves[i].spec for i in group])
-            kept = lambda params, run=run, group=group: [
-                host.cut(x, leaves[i].grid) for x, i in zip(run(plan.on_device(params)), group, strict=True)
-            ]
-            made += jax.jit(kept, out_shardings=[leaves[i].sharding(plan.mesh) for i in group])(params)
-        return jax.tree.unflatten(treedef, made)
+            return made(lambda: inner.init(params), (), tx.rests, plan)
+        return made(sharded_init, (jax.device_put(params, plan.params),), tx.rests, plan)
 
     def sharded_update(
         functions: dict[str, Any], updates: PyTree, state: PyTree, params: PyTree | None, arrays: dict[str, Any]
