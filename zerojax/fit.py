@@ -175,18 +175,13 @@ def _setting(
 
 
 def _in_flight(plan: Plan, tx: optax.GradientTransformation, bucket_bytes: int) -> int:
-    """Bytes of offloaded state that are on a device while an update runs, at most."""
-    rests = [rest for rest in jax.tree.leaves(plan.rests(tx)) if rest.on_host]
-    total = sum(rest.size for rest in rests)
+    """Bytes from host memory that are on a device while an update runs, at most."""
+    total = plan.memory(tx).host
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what a step does, which none is yet
-        if streamed(zero(tx, plan)) is None:
-            return total
-    pieces = [0] * len(plan.leaves)  # of each param: a leaf that cannot be cut is a bucket, whatever its size
-    for rest in rests:
-        if rest.param is not None:
-            pieces[rest.param] += rest.size // math.prod(rest.grid)
-    return min(total, host.LIVE * max(bucket_bytes, *pieces))
+        stream = streamed(zero(tx, plan))
+    # A leaf that cannot be cut is a bucket, whatever its size.
+    return total if stream is None else min(total, host.LIVE * max(bucket_bytes, stream.largest_piece))
 
 
 def _largest_layer(plan: Plan, sizes: Sizes, dtype: str) -> int:

@@ -199,6 +199,17 @@ def at_rest(x: jax.Array, rest: Rest, mesh: meshes.AnyMesh) -> Any:
     return jax.device_put(cut(x, rest.grid), rest.sharding(mesh)) if rest.on_host else x
 
 
+def copied(x: Any, sharding: NamedSharding) -> jax.Array:
+    """A copy, in whichever memory, by no way that can turn out to be an alias: what is donated is the caller's own."""
+    on_device = sharding.with_memory_kind(DEVICE)
+    new = jax.device_put(jax.jit(_strong_copy, out_shardings=on_device)(jax.device_put(x, on_device)), sharding)
+    return jax.block_until_ready(new) if sharding.memory_kind == HOST else new  # so that no two are on the device
+
+
+def _strong_copy(x: jax.Array) -> jax.Array:
+    return jnp.array(x, x.dtype)
+
+
 def check_room(bytes_per_device: int, mesh: meshes.AnyMesh, what: str = "the optimizer's state has") -> None:
     """Raises `MemoryError` where this process has less host memory than is to be pinned."""
     if not bytes_per_device or not isinstance(mesh, jax.sharding.Mesh):

@@ -12,14 +12,14 @@ import dataclasses
 import functools
 import math
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from zerojax import host, meshes
+from zerojax import host, layout, meshes, selection
 from zerojax.buckets import Bucket, Piece, Program, Row
 from zerojax.fused import Work, prepare_link
 from zerojax.host import Absent, Pieces, Rest
@@ -36,7 +36,8 @@ class Streamed:
     """
 
     def __init__(self, tx: ZeroTransformation) -> None:
-        self.tx, self.plan = tx, tx.plan
+        assert tx.plan.offload is not None
+        self.tx, self.plan, self._offload = tx, tx.plan, tx.plan.offload
         self._rests: list[Rest] = jax.tree.leaves(tx.rests)
         self._treedef: Any = jax.tree.structure(tx.rests)
         self._programs: dict[Any, Program] = {}
@@ -100,38 +101,24 @@ class Streamed:
     @functools.cached_property
     def buckets(self) -> list[Bucket]:
         """All buckets, in the order of the walk; what does not move comes first, at once."""
-        assert self._work is not None and self.plan.offload is not None
+        assert self._work is not None
         still, large = [], []
         packed: list[list[Piece]] = []
         room = 0
         for i in range(len(self.plan.leaves)):
-            pieces, size = self._pieces(self._work, i)
-            if not any(pieces[0].row.moved):
+            row, arrays, size = self._row(self._work, i)
+            pieces = [Piece(i, row, arrays, at) for at in host.places(row.grid)]
+            if not size:
                 still += pieces
             elif len(pieces) > 1:
                 large += [[piece] for piece in pieces]
             else:
                 if size > room:
                     packed.append([])
-                    room = self.plan.offload.filled_bytes
+                    room = self._offload.filled_bytes
                 packed[-1] += pieces
                 room -= size
         return [Bucket(pieces, self.plan) for pieces in [*([still] if still else []), *packed, *large]]
-
-    @functools.cached_property
-    def params_by_first_bucket(self) -> dict[int, list[int]]:
-        """Params in host memory, by the first bucket that has a piece of them."""
-        return self._params_by_bucket(reversed(range(len(self.buckets))))
-
-    @functools.cached_property
-    def params_by_last_bucket(self) -> dict[int, list[int]]:
-        """Likewise, by the last one."""
-        return self._params_by_bucket(range(len(self.buckets)))
-
-    def _params_by_bucket(self, order: Iterable[int]) -> dict[int, list[int]]:
-        """Params in host memory by bucket, of several the last one in an order."""
-        found = {i: b for b in order for i in self.buckets[b].leaves if self.plan.leaves[i].on_host}
-        return {b: [i for i in found if found[i] == b] for b in found.values()}
 
     def program(self, work: Work, b: int) -> Program:
         """Of the b-th bucket."""
@@ -140,18 +127,37 @@ class Streamed:
         key = (work.rule, work.implementation, self.buckets[b].rows, leaving)
         return self._programs.setdefault(key, Program(self.plan, *key))
 
-    def _pieces(self, work: Work, i: int) -> tuple[list[Piece], int]:
-        """The pieces of a leaf, and the bytes that move for all of them."""
+    @property
+    def largest_piece(self) -> int:
+        """Bytes of the largest piece that comes to each device."""
+        assert self._work is not None
+        rows = [self._row(self._work, i) for i in range(len(self.plan.leaves))]
+        return max(math.ceil(size / math.prod(row.grid)) for row, _, size in rows)
+
+    def _row(self, work: Work, i: int) -> tuple[Row, tuple[int, ...], int]:
+        """What programs know of a leaf, its arrays' numbers, and its bytes that come to each device."""
         leaf, spec = self.plan.leaves[i], self.plan.treedef.flatten_up_to(self.plan.update_specs)[i]
+        param: Rest = self.plan.treedef.flatten_up_to(self.plan.param_rests)[i]
         slots, stored = jax.tree.flatten((work.params[i], work.mu[i], work.nu[i]))
         arrays = tuple(x.number for x in slots)
         rests = [None if n < len(self.plan.leaves) else self.rest(n) for n in arrays]
-        moved = tuple(rest is not None and rest.on_host for rest in rests)
+        homes = tuple(
+            "host" if rest is None and leaf.on_host else "pieces" if rest is not None and rest.on_host else "device"
+            for rest in rests
+        )
         held = [rest for rest in rests if rest is not None and rest.on_host]
-        grid = max((rest.grid for rest in held), key=math.prod, default=(1,) * len(leaf.shape))
+        if held:
+            grid = max((rest.grid for rest in held), key=math.prod)
+        elif leaf.on_host and self.tx.unit == "element":
+            grid = selection.grid_for(
+                leaf.shape, layout.cuts(self.plan.mesh, leaf.shape, spec), param.size, self._offload
+            )
+        else:
+            grid = (1,) * len(leaf.shape)
         specs = tuple(spec if rest is None else rest.spec for rest in rests)
-        row = Row(leaf.shape, grid, spec, work.decay[i], stored, moved, specs)
-        return [Piece(i, row, arrays, at) for at in host.places(grid)], sum(rest.size for rest in held)
+        row = Row(leaf.shape, grid, spec, work.decay[i], stored, homes, specs)
+        size = sum(rest.size for rest in held) + param.size * leaf.on_host
+        return row, arrays, size
 
 
 class Walk:
@@ -159,10 +165,7 @@ class Walk:
 
     def __init__(self, streamed: Streamed, params: PyTree, state: list[Any], consume: bool) -> None:
         self._streamed, self._plan, self._consume = streamed, streamed.plan, consume
-        treedef, specs = self._plan.treedef, meshes.named(self._plan.mesh, self._plan.update_specs)
-        self._kept, self._updated = (treedef.flatten_up_to(shardings) for shardings in (self._plan.params, specs))
-        self._arrays = [*treedef.flatten_up_to(params), *state]
-        self._old: dict[int, jax.Array] = {}  # params in host memory that have been brought to the device
+        self._arrays = [*self._plan.treedef.flatten_up_to(params), *state]
         self._new: dict[int, list[Any]] = {}  # pieces that are back in host memory, by array
         self._read: dict[int, list[Any]] = {}  # old pieces that may be freed, by bucket
         self._coming = [self._bring(bucket) for bucket in streamed.buckets[:2]]
@@ -170,17 +173,17 @@ class Walk:
     def finish(self, begun: tuple[list[Any], Any]) -> tuple[PyTree, PyTree]:
         """Updates all buckets; new `(params, opt_state)`, by what `Streamed.begin` returned."""
         work, plan = self._streamed.work(begun), self._plan
+        updated = plan.treedef.flatten_up_to(meshes.named(plan.mesh, plan.update_specs))
         here = [i for i, leaf in enumerate(plan.leaves) if not leaf.on_host]
-        working = jax.device_put([self._arrays[i] for i in here], [self._updated[i] for i in here])
+        working = jax.device_put([self._arrays[i] for i in here], [updated[i] for i in here])
         for i, x in zip(here, working, strict=True):
             if self._consume:
                 _free_unless_shared(self._arrays[i], x)
             self._arrays[i] = x
-        if not self._consume:  # programs update in place what stays on the device
-            for n in {n for bucket in self._streamed.buckets for numbers in bucket.staying for n in numbers}:
-                x = self._arrays[n]
-                if not (n < len(plan.leaves) and plan.leaves[n].on_host):  # of which a copy is what comes
-                    self._arrays[n] = jax.jit(jnp.copy, out_shardings=x.sharding)(x)
+        if not self._consume:  # programs update in place what does not move
+            buckets = self._streamed.buckets
+            for n in {n for bucket in buckets for numbers in (*bucket.staying, *bucket.held) for n in numbers}:
+                self._arrays[n] = host.copied(self._arrays[n], self._arrays[n].sharding)
         self._run(work)
         new = [[jax.tree.map(self._at_rest, x) for x in column] for column in (work.params, work.mu, work.nu)]
         params, opt_state = work.finish(work.rest, new)
@@ -188,7 +191,6 @@ class Walk:
 
     def _run(self, work: Work) -> None:
         buckets = self._streamed.buckets
-        self._bring_params(0)
         leaving: list[jax.Array] = []
         last: list[jax.Array] = []
         left: list[jax.Array] = []
@@ -201,20 +203,19 @@ class Walk:
                 self._free(buckets[b - 2])
             if 1 <= b < len(buckets) - 1:
                 self._coming.append(self._bring(buckets[b + 1]))
-            kept, moved, left = self._streamed.program(work, b).run(
+            kept, moved, held, left = self._streamed.program(work, b).run(
                 [[self._arrays[n] for n in numbers] for numbers in bucket.staying],
                 _like(bucket.moving, self._coming.pop(0)),
+                [[self._arrays[n] for n in numbers] for numbers in bucket.held],
                 [work.grads[i] for i in bucket.leaves],
                 work.scalars,
                 bucket.numbers,
                 bucket.at,
                 leaving,
             )
-            for numbers, row in zip(bucket.staying, kept, strict=True):
+            for numbers, row in zip([*bucket.staying, *bucket.held], [*kept, *held], strict=True):
                 for n, x in zip(numbers, row, strict=True):
                     self._arrays[n] = x
-            self._bring_params(b + 1)
-            self._send_params(b, work.grads)
             if b:
                 self._keep(buckets[b - 1], left)
             leaving = [x for row in moved for x in row]
@@ -239,20 +240,6 @@ class Walk:
         if self._consume:
             self._read[id(bucket)] = pieces
         return jax.device_put(pieces, bucket.shardings)
-
-    def _bring_params(self, b: int) -> None:
-        """Params that are in host memory, on their way to the device, whole: those whose first bucket is the b-th."""
-        for i in self._streamed.params_by_first_bucket.get(b, []):
-            self._old[i] = self._arrays[i]
-            self._arrays[i] = jax.device_put(self._arrays[i], self._updated[i])
-
-    def _send_params(self, b: int, grads: Sequence[jax.Array]) -> None:
-        """Those whose last bucket is the b-th, on their way back; what they were, and their gradients, may be freed."""
-        for i in self._streamed.params_by_last_bucket.get(b, []):
-            self._arrays[i] = jax.device_put(self._arrays[i], self._kept[i])
-            old = self._old.pop(i)
-            if self._consume:
-                self._read.setdefault(id(self._streamed.buckets[b]), []).extend((old, grads[i]))
 
     def _free(self, bucket: Bucket) -> None:
         """Frees a bucket's old pieces, which have been read: earlier, the device's next program would wait for that."""
@@ -281,9 +268,9 @@ def _free_unless_shared(old: jax.Array, new: jax.Array) -> None:
 def streamed(tx: ZeroTransformation) -> Streamed | None:
     """The streamed step of a transformation, or None where there is nothing to stream.
 
-    Warns where there is, but the transformation cannot be taken leaf by leaf: then all of the state is moved at once.
+    Warns where there is, but the transformation cannot be taken leaf by leaf: then all is moved at once.
     """
-    if not any(rest.on_host for rest in jax.tree.leaves(tx.rests)):
+    if not any(rest.on_host for rest in jax.tree.leaves((tx.rests, tx.plan.param_rests))):
         return None
     why = "it is none of zerojax's optimizers, or wrapped in what hides one, optax.chain for instance"
     if tx.unit is not None:
@@ -296,7 +283,7 @@ def streamed(tx: ZeroTransformation) -> Streamed | None:
         except (TypeError, ValueError, AttributeError) as e:
             why = f"a link before its optimizer wants params, or keeps arrays like theirs ({type(e).__name__}: {e})"
     warnings.warn(
-        f"the optimizer's state in host memory is moved to the device as a whole at each step, not in buckets: {why}. "
+        f"what is in host memory is moved to the device as a whole, after the gradients, not in buckets: {why}. "
         "Streamed are zerojax.fused_adam, fused_adamw and fused_lamb, in zerojax.chain behind links that scale all "
         "gradients.",
         stacklevel=4,

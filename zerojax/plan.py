@@ -225,7 +225,8 @@ class Plan:
         beside = self.param_bytes(on_host=False) + layout.total_bytes(self.mesh, self.shapes, self.grad_specs)
         specs = [leaf.sharded if self.stage >= 1 else leaf.whole for leaf in self.leaves]
         cuts = [layout.cuts(self.mesh, leaf.shape, spec) for leaf, spec in zip(self.leaves, specs, strict=True)]
-        params = [(leaf.shape, cut) for leaf, cut in zip(self.leaves, cuts, strict=True)]
+        held = [rest.size if rest.on_host else 0 for rest in jax.tree.leaves(self.param_rests)]
+        params = [(leaf.shape, cut, size) for leaf, cut, size in zip(self.leaves, cuts, held, strict=True)]
         chosen = selection.select(
             jax.tree.leaves(rests), self.offload, params, beside=beside, in_pieces=unit == "element"
         )

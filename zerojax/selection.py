@@ -17,7 +17,7 @@ from zerojax.host import Offload, Rest
 def select(
     rests: Sequence[Rest],
     offload: Offload,
-    params: Sequence[tuple[Sequence[int], Sequence[int]]],
+    params: Sequence[tuple[Sequence[int], Sequence[int], int]],
     *,
     beside: int,
     in_pieces: bool,
@@ -27,17 +27,17 @@ def select(
     Args:
       rests: The leaves of a state, all on the device.
       offload: What is to go.
-      params: Of each param its shape, and into how many shards each dim is cut.
+      params: Of each param its shape, into how many shards each dim is cut, and its bytes that come to each device from
+        host memory.
       beside: Bytes on each device of what is no state.
       in_pieces: Whether leaves may be cut.
     """
     on_host = _chosen(rests, offload, beside)
-    held = [0] * len(params)  # bytes on the host of each param's state
+    held = [size for _, _, size in params]  # what is on the host of each param and its state, in bytes
     for rest, is_moved in zip(rests, on_host, strict=True):
         if is_moved and rest.param is not None:
             held[rest.param] += rest.size
-    limit = max(offload.filled_bytes, host.LEAST_BYTES)
-    grids = [grid_of(*param, math.ceil(size / limit)) for param, size in zip(params, held, strict=True)]
+    grids = [grid_for(shape, cuts, size, offload) for (shape, cuts, _), size in zip(params, held, strict=True)]
 
     def grid(rest: Rest, is_moved: bool) -> tuple[int, ...]:
         return grids[rest.param] if is_moved and in_pieces and rest.param is not None else rest.grid
@@ -84,6 +84,11 @@ def moved(sizes: Sequence[int], candidates: Sequence[bool], least: int, most: in
         if candidates[i] and total < least and total + sizes[i] <= most:
             chosen[i], total = True, total + sizes[i]
     return chosen
+
+
+def grid_for(shape: Sequence[int], cuts: Sequence[int], size: int, offload: Offload) -> tuple[int, ...]:
+    """The grid of a leaf of which `size` bytes come to the device, so that a piece of them fits into a bucket."""
+    return grid_of(shape, cuts, math.ceil(size / max(offload.filled_bytes, host.LEAST_BYTES)))
 
 
 def grid_of(shape: Sequence[int], cuts: Sequence[int], count: int) -> tuple[int, ...]:

@@ -82,7 +82,7 @@ def create_train_state(
         raise TypeError(f"create_train_state got {len(args)} arguments for init, but params_or_init is no function.")
     else:
         plan.check(params_or_init)
-        params = jax.tree.map(_copied, params_or_init, plan.params)
+        params = jax.tree.map(host.copied, params_or_init, plan.params)
     numbers = lambda: (jnp.int32(0), None if loss_scale is None else loss_scale.init(), jnp.int32(0))
     step, scale, skipped = jax.jit(numbers, out_shardings=NamedSharding(plan.mesh, PartitionSpec()))()
     return TrainState(step, params, tx.init(params), scale, skipped)
@@ -92,16 +92,6 @@ def _checked(params: PyTree, plan: Plan) -> PyTree:
     """What an init made, if it is what the plan is of; a Python number in it is weakly typed, which no state may be."""
     plan.check(params)
     return jax.tree.map(lambda x: jnp.asarray(x, x.dtype), params)
-
-
-def _copied(x: Any, sharding: NamedSharding) -> jax.Array:
-    """A copy by no way that a layout can turn into an alias: the step donates what it is given."""
-    on_device = sharding.with_memory_kind(host.DEVICE)
-    return jax.device_put(jax.jit(_strong_copy, out_shardings=on_device)(jax.device_put(x, on_device)), sharding)
-
-
-def _strong_copy(x: jax.Array) -> jax.Array:
-    return jnp.array(x, x.dtype)
 
 
 def state_specs(tx: optax.GradientTransformation, plan: Plan, loss_scale: LossScale | None) -> TrainState:
