@@ -18,7 +18,14 @@ from flax import linen as nn
 import zerojax
 
 DATA = {name: np.concatenate([batch[name] for batch in models.mlp_batches()]) for name in ("x", "y")}
-BUCKETS = zerojax.Offload(bucket_bytes=2**12)
+BUCKETS = {"bucket_bytes": 2**12}
+RUNS = [
+    ("stage 0", 0, None),
+    ("stage 1", 1, None),
+    ("stage 2", 2, zerojax.Offload(**BUCKETS)),
+    ("params in host memory", 3, zerojax.Offload(params=True, **BUCKETS)),
+    ("stage 3", 3, None),
+]
 
 
 def adamw():
@@ -35,26 +42,26 @@ def build(devices, stage, offload=None):
 def train(folder, devices):
     """Losses at each stage; of a restored half, too; held-out ones; and the weights, exported."""
     found = {}
-    for stage, offload in ((0, None), (1, None), (2, BUCKETS), (3, None)):
+    for name, stage, offload in RUNS:
         plan, tx, step = build(devices, stage, offload)
         init = lambda key: models.mlp_params()
-        given = (init, tx, plan, jax.random.key(0)) if stage == 3 else (models.mlp_params(), tx, plan)
+        given = (init, tx, plan, jax.random.key(0)) if name == "stage 3" else (models.mlp_params(), tx, plan)
         state = zerojax.create_train_state(*given)
         loader = zerojax.Dataloader(DATA, plan.batch, rows=32, seed=1)
         losses = []
         for i in range(4):
             if i == 2:
                 extra = {"data": loader.state()}
-                zerojax.save_checkpoint(folder / f"stage{stage}", state, extra=extra, wait=False)
+                zerojax.save_checkpoint(folder / name, state, extra=extra, wait=False)
                 zerojax.wait_until_finished()
-                state, extra = zerojax.restore_checkpoint(folder / f"stage{stage}", tx, plan)
+                state, extra = zerojax.restore_checkpoint(folder / name, tx, plan)
                 loader = zerojax.Dataloader(DATA, plan.batch, rows=32, seed=1)
                 loader.restore(extra["data"])
             state, metrics = step(state, loader.next_batch())
             losses.append(float(metrics["loss"]))
         evaluate = zerojax.make_eval_step(models.mlp_loss, plan)
         losses.append(float(evaluate(state.params, loader.next_batch())["loss"]))
-        found[f"stage {stage}"] = losses
+        found[name] = losses
     zerojax.export_params(folder / "weights", state)
     back = zerojax.import_params(folder / "weights", plan)
     same = jax.tree.map(lambda a, b: jax.numpy.array_equal(a, b), back, state.params)

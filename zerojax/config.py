@@ -67,6 +67,11 @@ def plan_options(c: ConfigDict) -> dict[str, Any]:
     }
     if c.zero.offload.device != "none":
         given = {name: value for name, value in c.zero.offload.items() if name != "device"}
+        if given["params"] and c.zero.stage < 3:
+            raise ValueError(
+                f"config: zero.offload.params is True and zero.stage {c.zero.stage}: it wants stage 3, where each "
+                "device has its shards of the params alone."
+            )
         try:
             options["offload"] = Offload(**given)
         except ValueError as e:

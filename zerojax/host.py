@@ -219,8 +219,8 @@ def check_room(bytes_per_device: int, mesh: meshes.AnyMesh, what: str = "the opt
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if wanted > machine:
         raise MemoryError(
-            f"{shown}, the machine has {machine / 1e9:.1f} GB: take more devices, narrower moments or a "
-            "smaller Offload(fraction=)."
+            f"{shown}, the machine has {machine / 1e9:.1f} GB: take more devices, narrower moments, a smaller "
+            "Offload(fraction=) or Offload(params=False)."
         )
     limit = int(os.environ.get(_POOL, "64")) * 2**30
     if not meshes.simulated(mesh) and wanted > limit:

@@ -55,7 +55,8 @@ def create_train_state(
 
     Args:
       params_or_init: Arrays, which are copied and never deleted; or `init(*args) -> params`, which runs sharded, so
-        that at stage 3 no device ever holds the whole model.
+        that at stage 3 no device ever holds the whole model. It runs once for each gigabyte of params on a device, and
+        makes no more than that gigabyte.
       tx: The optimizer, in `zero(...)` or bare.
       plan: From `make_plan`.
       *args: For `init`, a random key for instance.
@@ -63,6 +64,7 @@ def create_train_state(
 
     Raises:
       ValueError: the params do not match the plan.
+      MemoryError: the plan keeps more in host memory than this process has; then nothing was made.
 
     Example:
       >>> import zerojax

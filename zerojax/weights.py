@@ -119,6 +119,7 @@ def import_params(
       FileNotFoundError: there is no such file, or the folder has none.
       ValueError: a file is damaged; a leaf is missing, is one too many, has another shape or kind of dtype, or a number
         too large for the plan's; `rename` names a leaf that the plan lacks; the plan's mesh has no devices.
+      MemoryError: the plan keeps more params in host memory than this process has.
 
     Memory:
       In host memory one array's part of a device at a time, on devices nothing but their shards.
@@ -148,6 +149,7 @@ def import_params(
     taken = set(wanted.values())
     if strict and (more := [name for name in opened if name not in taken]):
         raise ValueError(f"{path} holds {some(more)}, which this model lacks; strict=False leaves it out.")
+    host.check_room(plan.param_bytes(on_host=True), plan.mesh, "the params have")
     shardings = plan.treedef.flatten_up_to(plan.params)
     checked = [_check(opened[wanted[leaf.name]], wanted[leaf.name], leaf, path) for leaf in plan.leaves]
     arrays = [

@@ -95,8 +95,12 @@ def made(f: Callable[..., PyTree], args: tuple[Any, ...], rests: PyTree, plan: P
         room -= rest.size
     new: list[Any] = []
     for part in parts:
-        pick = lambda *args, part=part: [treedef.flatten_up_to(f(*args))[i] for i in part]
-        run = meshes.on_mesh(plan.mesh, pick, [leaves[i].spec for i in part])
+
+        def some(*args: Any, part: list[int] = part) -> list[Any]:
+            all_leaves = treedef.flatten_up_to(f(*args))
+            return [all_leaves[i] for i in part]
+
+        run = meshes.on_mesh(plan.mesh, some, [leaves[i].spec for i in part])
         cut = lambda *args, run=run, part=part: [
             host.cut(x, leaves[i].grid) for x, i in zip(run(*args), part, strict=True)
         ]
