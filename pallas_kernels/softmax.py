@@ -176,13 +176,17 @@ def _kept(x: jax.Array, where: jax.Array | None, causal: bool) -> jax.Array | No
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _softmax(call: Call, x: jax.Array, where: jax.Array | None, bias: jax.Array | None) -> jax.Array:
+    return _run(call, x, where, bias)
+
+
+def _run(call: Call, x: jax.Array, where: jax.Array | None, bias: jax.Array | None) -> jax.Array:
     if call.implementation == "xla":
         return softmax_reference(x, scale=call.scale, where=where, bias=bias, causal=call.causal)
     return softmax_rows.forward(call, x, where, bias)
 
 
 def _softmax_fwd(call: Call, x: jax.Array, where: jax.Array | None, bias: jax.Array | None) -> tuple[jax.Array, Any]:
-    y = _softmax(call, x, where, bias)
+    y = _run(call, x, where, bias)
     return y, (y, where, bias)
 
 

@@ -13,6 +13,9 @@ from flax import linen as nn
 
 import zerojax
 import zerojax.nn
+from pallas_kernels import dispatch
+from pallas_kernels.layer_norm import layer_norm
+from pallas_kernels.softmax import softmax
 from zerojax.gather import Shard
 
 
@@ -168,6 +171,33 @@ def test_leaves_travel_in_one_collective_or_in_one_each(combine):
     text = jax.jit(run).lower(whole, weights).as_text()
     assert len(re.findall("stablehlo.all_gather", text)) == (2 if combine else 4)  # float32 and bfloat16, or each leaf
     assert len(re.findall("stablehlo.reduce_scatter", text)) == (2 if combine else 4)
+
+
+def operations(jaxpr):
+    """Names of all operations of a function; kernels', as profiles show them."""
+    for eqn in jaxpr.eqns:
+        name = str(eqn.params.get("name", ""))
+        yield name if name.startswith("zerojax_") else eqn.primitive.name
+        for value in eqn.params.values():
+            if hasattr(inner := getattr(value, "jaxpr", value), "eqns"):
+                yield from operations(inner)
+
+
+@pytest.mark.skipif(bool(dispatch.too_old()), reason=str(dispatch.too_old()))
+def test_keep_expensive_redoes_kernels_of_one_pass():
+    def block(w, scale, x):
+        normed = layer_norm(x, scale, implementation="mosaic")
+        return softmax(normed @ w, implementation="mosaic")
+
+    def loss(*args):
+        return jnp.sum(jax.checkpoint(block, policy=zerojax.keep_expensive)(*args) ** 2)
+
+    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=None, platform="gpu")
+    arrays = jnp.ones((128, 128)), jnp.ones(128), jnp.ones((8, 128))
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), (), abstract_device=device)):
+        done = list(operations(jax.make_jaxpr(jax.grad(loss, argnums=(0, 1, 2)))(*arrays).jaxpr))
+    assert done.count("dot_general") == 3
+    assert done.count("zerojax_layer_norm") == done.count("zerojax_softmax") == 2  # forward, and again backward
 
 
 def test_keep_expensive_keeps_products_and_gathers_twice():

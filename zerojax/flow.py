@@ -37,6 +37,13 @@ def gathers(name: str, params: dict[str, Any]) -> bool:
     return name == "all_gather"
 
 
+def launches(name: str, params: dict[str, Any]) -> bool:
+    """Whether an operation is a kernel of `pallas_kernels`, or the batching rule around one."""
+    if name == "custom_vmap_call":
+        return any(launches(eqn.primitive.name, eqn.params) for eqn in params["call"].jaxpr.eqns)
+    return str(params.get("name", "")).startswith("zerojax_")
+
+
 def _follow(jaxpr: Jaxpr, shards: dict[Var, str]) -> tuple[list[tuple[str, str]], list[str | None]]:
     """Misuses in a function, and for each of its results the shard that it is, if it is one."""
     shards, misuses = dict(shards), []

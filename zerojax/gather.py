@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from zerojax.flow import gathers
+from zerojax.flow import gathers, launches
 
 PyTree = Any
 
@@ -125,15 +125,16 @@ _CHEAP = frozenset(
 def keep_expensive(prim: Any, *_: Any, **params: Any) -> bool:
     """A policy for `jax.checkpoint`: the backward pass gathers params again, and redoes what is cheaper than to keep.
 
-    Kept are the results of matrix products, convolutions, attention kernels and whatever else is not known to be cheap.
-    It is the default of `zerojax.nn.gathered`; a layer of plain JAX says it itself.
+    Kept are the results of matrix products, convolutions, attention kernels and whatever else is not known to be cheap;
+    LayerNorm and softmax are, by kernels too. It is the default of `zerojax.nn.gathered`; a layer of plain JAX says it
+    itself.
 
     Example:
       >>> layer = jax.checkpoint(lambda x, w: jnp.tanh(x @ gather(w)), policy=keep_expensive)
       >>> jax.grad(lambda x: layer(x, jnp.eye(2)).sum())(jnp.zeros(2)).tolist()
       [1.0, 1.0]
     """
-    return not gathers(prim.name, params) and prim.name not in _CHEAP
+    return prim.name not in _CHEAP and not gathers(prim.name, params) and not launches(prim.name, params)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
