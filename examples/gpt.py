@@ -45,6 +45,7 @@ SIZES = {
     "350M": GPTConfig(vocab=50304, context=2048, layers=24, heads=16, width=1024, dtype="bfloat16"),
     "1.3B": GPTConfig(vocab=50304, context=1024, layers=24, heads=16, width=2048, dtype="bfloat16"),
     "7B": GPTConfig(vocab=50304, context=2048, layers=32, heads=32, width=4096, dtype="bfloat16"),
+    "17B": GPTConfig(vocab=50304, context=2048, layers=44, heads=44, width=5632, dtype="bfloat16"),
 }
 
 LAYERWISE = "^(embed|blocks)"
