@@ -37,14 +37,14 @@ class Offload:
     Attributes:
       fraction: Share of the state's bytes, the largest leaves first.
       hbm_budget_bytes: What params, gradients and state at rest may take on each device, in bytes: as much of the
-        state as does not fit is on the host, the largest leaves first.
+        state as does not fit is on the host, the largest leaves first. The update's buckets come on top.
       pattern: A regex on paths of the state's leaves, `0/mu/blocks/kernel` say: others stay on the device.
       bucket_bytes: The update takes less than four times this much memory of each device; large buckets cost fewer
         calls, small ones less memory.
       params: Whether params are in host memory, too: at stage 3, all that are sharded. What `layerwise` names comes to
-        the device layer by layer, in the forward and again in the backward pass, the rest for as long as these take;
-        while the state is streamed, each param for as long as its own. A step that streams nothing, with fraction=0 or
-        any other optimizer, has all of them on the device. How much of the state goes is said by the other attributes.
+        the device layer by layer, in the forward and again in the backward pass, the rest for as long as these take; to
+        be updated it comes in the buckets, or, with an optimizer that is not streamed, as a whole. How much of the
+        state goes is said by the other attributes.
 
     Example:
       >>> Offload(pattern="nu")
