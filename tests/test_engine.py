@@ -347,7 +347,7 @@ class NnxDropout(nnx.Module):
         ({"config": {}, "training_data": data(16)}, "set batch.rows or batch.micro_rows"),
         (
             {"config": {"zero": {"stage": 2, "offload": {"device": "pinned_host", "params": True}}}},
-            r"Offload\(params=True\) wants stage 3",
+            r"config: zero.offload.params is True and zero.stage 2: it wants stage 3",
         ),
         ({"config": {"zero": {"offload": {"params": True}}}}, "set the device to 'pinned_host'"),
         ({"config": {"batch": {"rws": 9}}}, "no key 'batch.rws'; the nearest is 'batch.rows'"),
