@@ -530,3 +530,12 @@ def test_inside_a_shard_map_is_refused(axis_type):
     for f in (tx.init, lambda params: tx.update(params, tx.init(params), params)):
         with pytest.raises(ValueError, match=r"inside a shard_map over \('data',\)"):
             jax.shard_map(f, mesh=plan.mesh, in_specs=whole, out_specs=whole, check_vma=False)(params)
+
+
+def test_python_numbers_among_params_become_arrays_as_strong_as_others():
+    init = lambda: {"w": jnp.ones((64, 32)), "scale": 2.0}
+    plan = zerojax.make_plan(jax.eval_shape(init), models.mesh_of(8), stage=3)
+    for given in (init, init()):
+        state = zerojax.create_train_state(given, optax.adam(1e-3), plan)
+        assert not any(x.weak_type for x in jax.tree.leaves(state.params))
+        assert float(state.params["scale"]) == 2.0

@@ -93,7 +93,7 @@ def create_train_state(
 def _checked(params: PyTree, plan: Plan) -> PyTree:
     """What an init made, if it is what the plan is of; a Python number in it is weakly typed, which no state may be."""
     plan.check(params)
-    return jax.tree.map(lambda x: jnp.asarray(x, x.dtype), params)
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(x)), params)
 
 
 def state_specs(tx: optax.GradientTransformation, plan: Plan, loss_scale: LossScale | None) -> TrainState:
