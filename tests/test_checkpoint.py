@@ -192,7 +192,7 @@ def test_restoring_holds_no_more_than_a_devices_share(tmp_path, monkeypatch):
         return result
 
     monkeypatch.setattr(checkpoint, "_read", watched)
-    monkeypatch.setattr(checkpoint, "_GROUP_BYTES", 20_000)
+    monkeypatch.setattr(host, "PART_BYTES", 20_000)
     before = in_use()
     state, _ = zerojax.restore_checkpoint(tmp_path, TX, plan)
     share = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state))
@@ -481,7 +481,7 @@ def test_a_full_disk_is_seen_before_anything_is_written(tmp_path, monkeypatch):
 
 
 def test_a_host_without_room_is_seen_before_anything_is_read(saved, monkeypatch):
-    def full(wanted, mesh):
+    def full(wanted, mesh, what):
         raise MemoryError("no room")
 
     monkeypatch.setattr(host, "check_room", full)

@@ -373,10 +373,10 @@ def test_wishes_that_cannot_be_met(offload, kind, message):
 
 def test_more_than_the_host_has_is_refused_before_anything_is_made(monkeypatch):
     with pytest.raises(MemoryError, match=r"the machine has .* take more devices"):
-        host.check_room(2**60, mesh_of(2))
+        host.check_room(2**60, mesh_of(2), "the state has")
     monkeypatch.setattr(host.meshes, "simulated", lambda mesh: False)
     monkeypatch.setattr(host.os, "sysconf", lambda name: 2**20)
     with pytest.raises(MemoryError, match="XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB=88"):
-        host.check_room(40 * 2**30, mesh_of(2))
+        host.check_room(40 * 2**30, mesh_of(2), "the state has")
     monkeypatch.setenv("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", "88")
-    host.check_room(40 * 2**30, mesh_of(2))
+    host.check_room(40 * 2**30, mesh_of(2), "the state has")

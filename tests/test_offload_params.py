@@ -1,7 +1,6 @@
 """Params in host memory: that the numbers stay the same, where they are, and what moves."""
 
 import functools
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -210,7 +209,9 @@ def test_gradients_are_taken_with_a_layer_at_a_time_on_the_device(make, fraction
     step = zerojax.make_train_step(scanned, tx, plan, layerwise="blocks")
     state, batch = zerojax.create_train_state(params(), tx, plan), batches(1)[0]
     shards = {(256 // 4, 256), (256 // 4,), (256 // 4, 96)}  # of a layer; of what is not gathered by the model
-    if isinstance(step, StreamedTrainStep):
+    streams = isinstance(step, StreamedTrainStep)
+    assert streams == (make is OPTIMIZERS["split"])
+    if streams:
         assert {shape for shape, _ in copies(step._first.trace(*step._parts(state), batch).jaxpr.jaxpr)} == shards
     # The whole step as one program, as in a jit of one's own: the rest comes when there are gradients.
     found = copies(jax.make_jaxpr(step)(state, batch).jaxpr)
@@ -246,7 +247,7 @@ def test_a_host_without_room_is_seen_before_anything_is_made(tmp_path, monkeypat
 
 
 def test_an_init_makes_a_part_of_the_params_at_a_time(monkeypatch):
-    monkeypatch.setattr(sys.modules[zerojax.zero.__module__], "_PART_BYTES", 40_000)
+    monkeypatch.setattr(host, "PART_BYTES", 40_000)
     plan = plan_of(4, ON_HOST)
     calls = []
     state = zerojax.create_train_state(lambda: calls.append(0) or params(), OPTIMIZERS["split"](), plan)

@@ -18,7 +18,7 @@ import pathlib
 import shutil
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import jax
@@ -39,7 +39,6 @@ PyTree = Any
 Directory = str | os.PathLike[str]
 _TIMEOUT_S = 6 * 3600  # Orbax gives a save up after it; the default of 10 minutes is less than a large one takes
 _LIBRARIES = ("zerojax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-_GROUP_BYTES = 2**30  # restored at once: what goes to the host in pieces is there twice meanwhile
 
 
 def save_checkpoint(
@@ -169,9 +168,11 @@ def restore_checkpoint(
     _check_files(folder, saved)
     wanted = logical.wanted(tx, plan, saved.leaves)
     logical.check(saved.leaves, wanted, f"the checkpoint {folder}")
-    host.check_room(plan.memory(tx).host, plan.mesh)
+    tx.check_room()
     leaves: dict[str, Any] = logical.empty(wanted, plan)
-    for group in _groups({name: rest for name, rest in wanted.items() if name not in leaves}):
+    names = [name for name in wanted if name not in leaves]
+    for part in host.parts([wanted[name] for name in names]):
+        group = {names[i]: wanted[names[i]] for i in part}
         leaves |= {name: logical.kept(x, wanted[name]) for name, x in _read(folder, group, plan).items()}
     extra = manifest.decode(json.loads((folder / manifest.EXTRA).read_text()))
     return logical.state_of(leaves, tx, plan), extra
@@ -338,17 +339,6 @@ def _check_files(folder: pathlib.Path, saved: Manifest) -> None:
     if wrong:
         listed = "; ".join(f"{folder / name} {what}" for name, what in sorted(wrong.items()))
         raise ValueError(f"checkpoint of step {saved.step}: {listed}. To go on: {manifest.way_out(folder)}")
-
-
-def _groups(wanted: dict[str, Rest]) -> Iterator[dict[str, Rest]]:
-    """Arrays by the gigabyte."""
-    group: dict[str, Rest] = {}
-    for name, rest in wanted.items():
-        if group and sum(r.size for r in group.values()) + rest.size > _GROUP_BYTES:
-            yield group
-            group = {}
-        group[name] = rest
-    yield group
 
 
 def _read(folder: pathlib.Path, group: dict[str, Rest], plan: Plan) -> dict[str, jax.Array]:

@@ -25,6 +25,7 @@ PyTree = Any
 HOST, DEVICE = "pinned_host", "device"
 _POOL = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
 LIVE = 4  # buckets on the device at once: one leaves, one is or will be updated, two come in
+PART_BYTES = 2**30  # of what is made or read at once: what goes to the host is on the device, or twice there, meanwhile
 LEAST_BYTES = 2**20  # of a piece: the time of a smaller transfer is its latency
 
 
@@ -199,6 +200,19 @@ def at_rest(x: jax.Array, rest: Rest, mesh: meshes.AnyMesh) -> Any:
     return jax.device_put(cut(x, rest.grid), rest.sharding(mesh)) if rest.on_host else x
 
 
+def parts(rests: Sequence[Rest]) -> list[list[int]]:
+    """Numbers of arrays that are made or read together: `PART_BYTES` of a device one after another, or a larger one."""
+    found: list[list[int]] = []
+    room = 0
+    for i, rest in enumerate(rests):
+        if not found or rest.size > room:
+            found.append([])
+            room = PART_BYTES
+        found[-1].append(i)
+        room -= rest.size
+    return found
+
+
 def copied(x: Any, sharding: NamedSharding) -> jax.Array:
     """A copy, in whichever memory, by no way that can turn out to be an alias: what is donated is the caller's own."""
     on_device = sharding.with_memory_kind(DEVICE)
@@ -210,7 +224,7 @@ def _strong_copy(x: jax.Array) -> jax.Array:
     return jnp.array(x, x.dtype)
 
 
-def check_room(bytes_per_device: int, mesh: meshes.AnyMesh, what: str = "the optimizer's state has") -> None:
+def check_room(bytes_per_device: int, mesh: meshes.AnyMesh, what: str) -> None:
     """Raises `MemoryError` where this process has less host memory than is to be pinned."""
     if not bytes_per_device or not isinstance(mesh, jax.sharding.Mesh):
         return

@@ -55,8 +55,8 @@ def create_train_state(
 
     Args:
       params_or_init: Arrays, which are copied and never deleted; or `init(*args) -> params`, which runs sharded, so
-        that at stage 3 no device ever holds the whole model. It runs once for each gigabyte of params on a device, and
-        makes no more than that gigabyte.
+        that at stage 3 no device ever holds the whole model. It runs once for each gigabyte of a device's params, and
+        makes that gigabyte alone, or one leaf that is larger.
       tx: The optimizer, in `zero(...)` or bare.
       plan: From `make_plan`.
       *args: For `init`, a random key for instance.

@@ -15,7 +15,6 @@ from zerojax.plan import Plan
 
 PyTree = Any
 T = TypeVar("T")
-_PART_BYTES = 2**30
 
 
 class ZeroTransformation(optax.GradientTransformationExtraArgs):
@@ -85,16 +84,8 @@ def made(f: Callable[..., PyTree], args: tuple[Any, ...], rests: PyTree, plan: P
     """
     treedef: Any = jax.tree.structure(rests)
     leaves: list[host.Rest] = jax.tree.leaves(rests)
-    parts: list[list[int]] = []
-    room = 0
-    for i, rest in enumerate(leaves):
-        if not parts or rest.size > room:
-            parts.append([])
-            room = _PART_BYTES
-        parts[-1].append(i)
-        room -= rest.size
     new: list[Any] = []
-    for part in parts:
+    for part in host.parts(leaves):
 
         def some(*args: Any, part: list[int] = part) -> list[Any]:
             all_leaves = treedef.flatten_up_to(f(*args))
